@@ -91,8 +91,6 @@ def attach(
         self_attn.o_proj       2  1 of 4 heads             2,048  float32
         adapter 'default', layout permuted: 3,712 of 86,336 parameters are trained (4.30%)
     """
-    if not isinstance(config, S2FTConfig):
-        raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     for option, value in (("verify", verify), ("on_top", on_top)):
         if not (isinstance(value, bool) or value is None and option == "verify"):
             raise TypeError(f"{option} must be True or False, got {value!r}")
@@ -219,8 +217,6 @@ def _chosen(
     protect: Iterable[Any] | None,
 ) -> tuple[Discovery, Selection]:
     """Return the couplings of a model without adapters, and the units that the config selects."""
-    if not isinstance(config, S2FTConfig):
-        raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     config = with_units(config)
     check_unattached(model)
     check_parallelism(model)

@@ -23,7 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeGuard, cast
@@ -489,8 +489,7 @@ def _write_master_copy(tensor: Tensor, full: Tensor) -> None:
         safe_set_full_fp32_param(tensor, full)
 
 
-@contextmanager
-def gathered_parameter(tensor: Tensor, read_only: bool = False) -> Iterator[None]:
+def gathered_parameter(tensor: Tensor, read_only: bool = False) -> AbstractContextManager:
     """Inside, a parameter of ZeRO-3 is complete. Every rank must enter; the values that the first rank writes stay.
 
     Args:
@@ -498,12 +497,10 @@ def gathered_parameter(tensor: Tensor, read_only: bool = False) -> Iterator[None
         read_only: Whether nothing is written inside.
     """
     if not is_partitioned(tensor):
-        yield
-        return
+        return nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=None if read_only else 0):
-        yield
+    return deepspeed.zero.GatheredParameters([tensor], modifier_rank=None if read_only else 0)
 
 
 @dataclass
@@ -518,11 +515,6 @@ class Shard:
 
     tensor: Tensor
     start: Sequence[int | Tensor] | None = None
-
-    @property
-    def is_full(self) -> bool:
-        """Whether this is the full tensor."""
-        return self.start is None
 
     def restrict(self, index: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Restrict (index, values) of the full tensor to this shard.
@@ -562,7 +554,7 @@ class Shard:
 
     def cut(self, full: Tensor) -> Tensor:
         """The part of a tensor of the full shape that this shard has."""
-        for dim in range(full.dim()) if not self.is_full else ():
+        for dim in range(full.dim()) if self.start is not None else ():
             full = self._cut_along(full, dim)
         return full
 

@@ -1,6 +1,5 @@
 """attach, detach, merge over every model family, both layouts."""
 
-import copy
 from functools import wraps
 
 import pytest
@@ -27,8 +26,6 @@ from transformers import (
     AutoModelForCausalLM,
     BertForSequenceClassification,
     BertModel,
-    BitConfig,
-    BitForImageClassification,
     CLIPForImageClassification,
     CLIPTextModelWithProjection,
     OPTModel,
@@ -171,16 +168,6 @@ def test_delta_dtype(dtype, option, expected):
     assert model(token_batch(model)).logits.dtype is dtype
 
 
-def test_tied_projections_are_refused():
-    model = model_of("llama")
-    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
-    state = copy.deepcopy(model.state_dict())
-    for layout in LAYOUTS:
-        with pytest.raises(ValueError, match="layers.0.mlp.down_proj.*layers.1.mlp.down_proj.* are one tied weight"):
-            s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-
-
 @pytest.mark.parametrize("case", ("llama", "llama-gelu", "llama-gelu-tanh", "llama-relu"))
 def test_the_ffn_kernel_gives_the_same_logits_and_gradients_for_every_activation(case):
     logits, gradients = [], []
@@ -288,14 +275,6 @@ def test_activations_of_the_ffn_kernel_equal_pytorchs_functions(name):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x = torch.linspace(-12, 12, 10_001).to(dtype)
         assert torch.equal(ACT2FN[name](x), function(x))
-
-
-def test_a_model_of_transformers_in_which_nothing_can_be_trained_is_refused():
-    """Its convolutions are of classes of its own, which standardise their weights."""
-    model = BitForImageClassification(BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2))
-    with pytest.raises(ValueError, match="BitForImageClassification: s2ft finds nothing that it can train"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.5))
-    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -287,13 +287,6 @@ def test_selecting_in_a_convolutional_network(metric):
     assert torch.equal(selection["second"], scores[metric].topk(8).indices.sort().values) and same(model, conv_net())
 
 
-def test_a_convolution_of_groups_is_refused():
-    model = nn.Sequential(nn.Conv2d(4, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
-    coupling = Coupling("ffn", 0, (Projection("u", "0", 8, 1, 0),), Projection("d", "2", 8, 1, 1))
-    with pytest.raises(ValueError, match="0 is a Conv2d of 2 groups.*of one group"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[coupling], example=torch.randn(1, 4, 4, 4))
-
-
 # ---- weights that hold several projections -------------------------------------------------------------------
 
 
@@ -390,9 +383,3 @@ def test_a_registered_function_may_yield_and_layers_without_the_projection_are_r
     assert s2ft.plan(model, S2FTConfig(d_ratio=0.2)).trainable == 2 * 6 * 12
     with pytest.raises(ValueError, match="d_ratio requests .* the layers to train do not have: there are l, so"):
         s2ft.plan(alias_of("nemotron_h"), S2FTConfig(d_ratio=0.2, layers=[0]))
-
-
-def test_modules_to_save_must_leave_a_coupling():
-    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
-    with pytest.raises(ValueError, match="no coupling to train"):
-        s2ft.attach(net, s2ft.S2FTConfig(d_ratio=0.25, modules_to_save=["0", "2"]), example=torch.randn(4, 8))

@@ -16,7 +16,7 @@ from support.nets import Block, Net, batch, seeded
 from support.pairs import rest_slow
 from test_life_cycle import Subject, live_natively
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import BitConfig, BitForImageClassification, LlamaForCausalLM
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
@@ -291,6 +291,15 @@ BAD = {
         "no floating-point",
     ),
     "nothing to train": (lambda: nn.Sequential(nn.LayerNorm(24)), batch(), ValueError, "nothing that it can train"),
+    # its convolutions are of classes of its own, which standardise their weights
+    "nothing to train in a model of transformers": (
+        lambda: BitForImageClassification(
+            BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2)
+        ),
+        None,
+        ValueError,
+        "BitForImageClassification: s2ft finds nothing that it can train",
+    ),
 }
 
 

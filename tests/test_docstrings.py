@@ -4,7 +4,6 @@ import doctest
 import importlib
 import inspect
 import pkgutil
-from contextlib import contextmanager
 
 import public_api
 import pytest
@@ -21,7 +20,6 @@ MODULES = [found.name for found in pkgutil.walk_packages(s2ft.__path__, "s2ft.")
 
 def names():
     """Names for the examples. The model is a LLaMA of two layers, 4 heads, 2 key/value heads and 128 channels."""
-    torch.manual_seed(0)
     config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
     return {"torch": torch, "s2ft": s2ft, "model": LlamaForCausalLM(config),
@@ -72,12 +70,3 @@ def test_no_example_is_left_out():
         if example.options.get(doctest.SKIP)
     }
     assert left_out <= NOT_RUN
-
-
-@contextmanager
-def decorated():
-    """
-    >>> 1 + 1
-    2
-    """
-    yield

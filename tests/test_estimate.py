@@ -44,11 +44,6 @@ def attached(model, config):
     return with_adapter(copy.deepcopy(model), config).train()
 
 
-def rarely(cases, more):
-    """Cases, and the names of more cases that are slow."""
-    return [*cases, *(pytest.param(case, marks=pytest.mark.slow) for case in more.split())]
-
-
 def check_kept(case, estimated, measured):
     assert measured > 0
     if case.startswith(ROUTED):
@@ -255,7 +250,11 @@ def real_step(model, optimizer, inputs):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize(
-    "case", rarely(("llama-grouped", "qwen2-grouped-tied", "mixtral", "t5"), "phi3 gpt2 whisper clip opt-post-norm")
+    "case",
+    rest_slow(
+        ("llama-grouped", "qwen2-grouped-tied", "mixtral", "t5", "phi3", "gpt2", "whisper", "clip", "opt-post-norm"),
+        ("llama-grouped", "qwen2-grouped-tied", "mixtral", "t5"),
+    ),
 )
 def test_parameters_gradients_and_optimizer_are_real_storages(case, dtype):
     model = model_of(case, dtype)
@@ -319,7 +318,12 @@ def test_peak_is_that_of_a_real_step(case, options):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)), ids=str)
-@pytest.mark.parametrize("case", rarely(("qwen2-grouped-tied", "mixtral"), "gemma2 llama-grouped gpt2 phi3"))
+@pytest.mark.parametrize(
+    "case",
+    rest_slow(
+        ("qwen2-grouped-tied", "mixtral", "gemma2", "llama-grouped", "gpt2", "phi3"), ("qwen2-grouped-tied", "mixtral")
+    ),
+)
 def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
     config = config_for(case, layout="indexed")
     with torch.device("meta"):
@@ -342,7 +346,7 @@ def test_a_model_that_accelerate_will_load_again_is_counted_alike(device, monkey
     assert found.parts == expected.parts and found.peak == expected.peak
 
 
-@pytest.mark.parametrize("case", rarely(("t5",), "llama-grouped gpt2"))
+@pytest.mark.parametrize("case", rest_slow(("t5", "llama-grouped", "gpt2"), ("t5",)))
 def test_weights_in_another_dtype(case):
     """from_pretrained does this: T5 keeps some weights in float32 when it is loaded in float16."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -382,7 +386,7 @@ def everything(model) -> dict[str, Any]:
         (False, dict(loss=lambda m, inputs: torch.ones(()))),
     ),
 )
-@pytest.mark.parametrize("case", rarely(("llama-grouped",), "mixtral whisper"))
+@pytest.mark.parametrize("case", rest_slow(("llama-grouped", "mixtral", "whisper"), ("llama-grouped",)))
 def test_the_model_does_not_change(case, meta, options):
     """It does not change when the estimate fails either."""
     model = model_of(case)

@@ -25,11 +25,6 @@ def estimate(strategy=None, devices=1, config=CONFIG, **options):
     return s2ft.estimate(model, config, 2, 16, strategy=strategy, devices=devices, device="cpu", **options)
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return estimate()
-
-
 # ---- against ranks that were measured --------------------------------------------------------------------
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -133,18 +128,12 @@ def test_what_is_refused(number):
 # ---- the command ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("model")
-    LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).save_pretrained(made)
-    return str(made)
-
-
 SHORT = ["--batch-size", "2", "--max-length", "16", "--d-ratio", "0.1", "--ratios", "0.3", "--device", "cpu"]
 
 
-def test_the_command_finds_the_smallest_number(folder, capsys):
-    words = ["estimate", folder, *SHORT, "--strategy", "fsdp2", "--device-memory", "1MB"]
+def test_the_command_finds_the_smallest_number(tmp_path, capsys):
+    LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    words = ["estimate", str(tmp_path), *SHORT, "--strategy", "fsdp2", "--device-memory", "1MB"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     needed = estimate("fsdp2", None, S2FTConfig(d_ratio=0.3), memory="1MB", use_cache=False)

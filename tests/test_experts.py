@@ -147,7 +147,7 @@ def foreign(kind):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("own", "forward of model.layers.1.mlp.experts has been replaced"),
+        ("own", "forward of model.layers.1.mlp.experts has been replaced by .*foreign.*swiglu=False"),
         ("class", "forward of Doubled is a function of test_experts, which can't run"),
         ("function", "forward of MixtralExperts is a function of test_experts, which can't run"),
         ("unknown", "must have _apply_gate.*OtherExperts has none"),

@@ -30,7 +30,7 @@ from support.models import (
 )
 from support.pairs import in_turn, pairs, pairs_mostly_slow, rest_slow
 from support.peft_modules import MODULES, net_of
-from support.quantized import KINDS, RARE, contents, forward, quantized
+from support.quantized import KINDS, RARE, assert_same_contents, contents, forward, quantized
 from support.slices import slices
 from support.states import with_adapter, with_loaded
 from support.tolerances import LOGITS, relative_difference
@@ -113,11 +113,6 @@ def tensors_of(model):
     return {key: [value.clone() for value in values] for key, values in {**state, **packed}.items()}
 
 
-def assert_same(ours, theirs):
-    assert list(ours) == list(theirs)
-    assert [key for key, values in ours.items() if not all(map(torch.equal, values, theirs[key]))] == []
-
-
 def watch(model, calls):
     """Count the calls of the hooks of all layers with a weight."""
     for path, module in model.named_modules():
@@ -158,7 +153,7 @@ def live(subject, way, folder):
     else:
         merged = way.merge(copy.deepcopy(model))
         subject.assert_close(subject.run(merged), trained)
-        assert_same(tensors_of(way.merge(copy.deepcopy(again))), tensors_of(merged))
+        assert_same_contents(tensors_of(way.merge(copy.deepcopy(again))), tensors_of(merged))
         assert_plain(merged, kinds)
     assert fit(again, subject) == fit(copy.deepcopy(model), subject) != losses
     assert torch.equal(subject.run(model), trained)  # nothing is shared with the copy
@@ -166,7 +161,7 @@ def live(subject, way, folder):
     calls.clear()
     subject.run(removed)
     assert calls == expected_calls
-    assert_same(tensors_of(removed), before)
+    assert_same_contents(tensors_of(removed), before)
     assert_plain(removed, kinds)
     assert [module.training for module in removed.modules()] == modes
     assert isinstance(way, Peft) or [parameter.requires_grad for parameter in removed.parameters()] == flags
@@ -186,12 +181,12 @@ def live_natively(subject, folder):
         before = tensors_of(other)
         with pytest.raises(ValueError, match="trainable=True"):
             s2ft.load_adapter(other, folder)
-        assert_same(tensors_of(other), before)
+        assert_same_contents(tensors_of(other), before)
         assert s2ft.list_adapters(other) == []
     else:
         s2ft.load_adapter(other, folder)
-        assert_same(tensors_of(other), tensors_of(merged))
-        assert_same(tensors_of(s2ft.merge(other)), tensors_of(merged))
+        assert_same_contents(tensors_of(other), tensors_of(merged))
+        assert_same_contents(tensors_of(s2ft.merge(other)), tensors_of(merged))
     return merged
 
 

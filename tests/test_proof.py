@@ -274,7 +274,6 @@ def test_discovery_of_odd_modules_is_never_wrong():
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_a_fast_path_reads_the_trained_weights(layout):
-    torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     net, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(2, 5, 16)
     s2ft.attach(net, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout=layout), example=x)

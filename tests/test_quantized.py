@@ -17,6 +17,7 @@ from support.quantized import (
     bnb,
     contents,
     dense_reference,
+    dynamic,
     forward,
     is_projection,
     linears,
@@ -158,13 +159,6 @@ def on_meta(linear):
         return low_bits(quant_type="nf4")(linear)
 
 
-def dynamic(name):
-    """A model one of whose layers, which need not be trained, quantizes its inputs too."""
-    model = plain()
-    torchao.quantize_(model, getattr(torchao, name)(), lambda module, path: path.endswith("1.self_attn.o_proj"))
-    return model
-
-
 def attach(**options):
     return lambda model: s2ft.attach(
         model,
@@ -173,14 +167,17 @@ def attach(**options):
     )
 
 
-def load_more(model):
-    s2ft.load_adapter(model, s2ft.get_adapter(model, "default"), name="second")
-
-
 REFUSED = {
     **{f"{kind} permuted": (lambda kind=kind: quantized(kind), attach(layout="permuted"), "indexed") for kind in KINDS},
     **{f"{kind} gradient": (lambda kind=kind: quantized(kind), attach(selection="gradient"), "grad") for kind in KINDS},
-    **{f"{kind} beside": (lambda kind=kind: trained(quantized(kind)), load_more, "quantized") for kind in KINDS},
+    **{
+        f"{kind} beside": (
+            lambda kind=kind: trained(quantized(kind)),
+            lambda model: s2ft.load_adapter(model, s2ft.get_adapter(model, "default"), name="second"),
+            "quantized",
+        )
+        for kind in KINDS
+    },
     "dynamic int8": (lambda: dynamic("Int8DynamicActivationInt8WeightConfig"), attach(), "layers.1.self_attn.o_proj"),
     "dynamic intx": (lambda: dynamic("Int8DynamicActivationIntxWeightConfig"), attach(), "layers.1.self_attn.o_proj"),
     "weights train": (lambda: with_down_proj(lambda linear: bnb.nn.Linear8bitLt(128, 64, False)), attach(), "8bit"),

@@ -63,19 +63,35 @@ def test_a_cast_also_casts_the_saved_base_values(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change,remedy",
+    "change,layout,words",
     [
-        (lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5), "prune.remove"),
-        (weight_norm, "remove_weight_norm"),
+        (
+            lambda layers: prune.l1_unstructured(layers[1].mlp.down_proj, "weight", amount=0.5),
+            "permuted",
+            "layers.1.mlp.down_proj.weight is not a parameter.*prune.remove",
+        ),
+        (
+            lambda layers: weight_norm(layers[1].mlp.down_proj),
+            "permuted",
+            "layers.1.mlp.down_proj.weight is not a parameter.*remove_weight_norm",
+        ),
+        *(
+            (
+                lambda layers: setattr(layers[1].mlp.down_proj, "weight", layers[0].mlp.down_proj.weight),
+                layout,
+                "layers.0.mlp.down_proj.*layers.1.mlp.down_proj.* are one tied weight",
+            )
+            for layout in LAYOUTS
+        ),
     ],
-    ids=("prune", "weight_norm"),
+    ids=("prune", "weight_norm", *(f"tied, {layout}" for layout in LAYOUTS)),
 )
-def test_a_computed_weight_is_refused_by_name(change, remedy):
+def test_a_weight_that_cannot_be_trained_is_refused_by_name(change, layout, words):
     model = model_of("llama-grouped")
-    change(model.model.layers[1].mlp.down_proj)
+    change(model.model.layers)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"layers.1.mlp.down_proj.weight is not a parameter.*{remedy}"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    with pytest.raises(ValueError, match=words):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
     assert same(model.state_dict(), before) and s2ft.status(model).adapters == []
 
 

@@ -22,8 +22,7 @@ from s2ft.selection import (
     Selection,
     allowed_units,
     allowed_without_protected,
-    requested_layers,
-    requested_projections,
+    requested_couplings,
     units_per_projection,
 )
 from s2ft.selection.batches import Calibration
@@ -244,9 +243,8 @@ def choose(
             raise ValueError(f"{name} needs {what} data: pass {what}, an iterable of batches")
     device = next(model.parameters()).device
     couplings = couplings_in_towers(model, find_couplings(model, config=config).couplings, config)
-    layers = requested_layers(couplings, config)
     request = ProtectedRequest(
-        [coupling for coupling in couplings if coupling.layer in layers],
+        requested_couplings(couplings, config),
         config,
         model,
         Calibration(calibration, device) if candidate.calibrated else None,
@@ -265,7 +263,7 @@ def choose(
 def _allowed(request: ProtectedRequest) -> Units:
     """Return the units that `exclude` and `protect_ratio` leave, as s2ft.select does."""
     config = request.config
-    allowed = allowed_units(request.couplings, requested_projections(request.couplings, config), config.exclude)
+    allowed = allowed_units(request.couplings, list(request.projections), config.exclude)
     if config.protect_ratio is None:
         return allowed
     has_ratios = config.budget is None and config.match_lora_rank is None

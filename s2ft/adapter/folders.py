@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.config import check_adapter_name
@@ -176,7 +175,6 @@ def some(names: Sequence[str], shown: int = 5) -> str:
 
 # ---- the Hugging Face hub -------------------------------------------------------------------------------------------
 
-FILES = [native.CONFIG, native.TENSORS]
 CARD = "README.md"
 UNKNOWN = "path/to/the/base"  # in a card of a base that is not on the hub
 WORD = r"[A-Za-z0-9][\w.\-]*"
@@ -204,7 +202,7 @@ def resolve(directory_or_repo, **options) -> Path:
 
     repo_id, _, revision = directory_or_repo.partition("@")
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=FILES, **options))
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[CONFIG, TENSORS], **options))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors: no such repository, no network
         raise FileNotFoundError(
             f"adapter {directory_or_repo} doesn't exist as a folder, and the hub gives no adapter of this name: "

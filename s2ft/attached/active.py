@@ -178,7 +178,7 @@ def add_deltas(model: nn.Module, record: Attachment, projection: Projection, par
         with WRITING:
             bases = [weight.index_select(dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
-            record.written.append(Written(projection, delta, base, None if shard.is_full else here))
+            record.written.append(Written(projection, delta, base, None if shard.start is None else here))
         if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
             scatter_add_(weight, index, values, dim, [factor for _, factor in parts], is_checked=True)
@@ -510,10 +510,9 @@ def keep_base_of_unfrozen(model: nn.Module, record: Attachment) -> None:
 
 def _keep_base_of(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
     new = {name: parameter for name, parameter in parameters.items() if name not in record.extra.base}
-    if new:
-        arrive = record.awaits_weights and not reads_weights()  # the values here are not the base's
-        kept = {name: value.detach().to("meta") for name, value in new.items()} if arrive else full_copies(new)
-        record.extra.base = {**record.extra.base, **kept}
+    arrive = record.awaits_weights and not reads_weights()  # the values here are not the base's
+    kept = {name: value.detach().to("meta") for name, value in new.items()} if arrive else full_copies(new)
+    record.extra.base = {**record.extra.base, **kept}
 
 
 def full_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ from s2ft.layers import S2Layer, act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.checkpoint import INDEX, WEIGHTS
 from s2ft.model.coupling import Coupling
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.weights import Delta, Move, restoring_moves, tensors_of, weight_at
+from s2ft.model.weights import Delta, Move, any_on_meta, restoring_moves, tensors_of, weight_at
 from s2ft.ops import act_mul, swap_
 from s2ft.ops._library import transforms_active
 
@@ -321,7 +321,7 @@ class _BaseOrder:
             yield self.copy_of(tensor, without_written=True)
 
 
-def _tensors(model: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield (key in a state dict, tensor) for parameters and buffers; a tied tensor under each of its names."""
     for named in (model.named_parameters, model.named_buffers):
         for name, tensor in named(remove_duplicate=False):
@@ -335,7 +335,7 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
         return  # no unit has moved and no trainable layer runs
     order, copies, is_fsdp = _BaseOrder(model, record), {}, bool(managed_by_fsdp(model))
     aside = _aside(model, record)
-    for key, tensor in _tensors(model, prefix):
+    for key, tensor in named_tensors(model, prefix):
         found = state.get(key)
         # keep_vars=True returns the parameters themselves
         if not isinstance(found, Tensor) or found is tensor:
@@ -387,7 +387,7 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     read_only = (module for module in model.modules() if kind_of(module).read_only)
     frozen -= {id(parameter) for module in read_only for parameter in module.parameters()}
     order, same, taken, aside = _BaseOrder(model, record), {}, {}, _aside(model, record)
-    for key, tensor in _tensors(model, prefix):
+    for key, tensor in named_tensors(model, prefix):
         found = state.get(key)
         if id(tensor) in aside and isinstance(found, Tensor) and found.shape == tensor.shape:
             taken[aside[id(tensor)]], same[key] = found.detach().to(tensor, copy=True), tensor
@@ -578,11 +578,6 @@ def _change_moves(record: Attachment, change: Callable[[Move], None]) -> None:
     mark_layers(record)
 
 
-def any_on_meta(model: nn.Module, record: Attachment) -> bool:
-    """Whether a weight of a coupling is on the meta device."""
-    return any(tensor.is_meta for coupling in record.couplings for tensor in tensors_of(model, coupling))
-
-
 @contextmanager
 def not_awaiting(model: nn.Module, record: Attachment) -> Iterator[None]:
     """Inside, a model whose weights are here, and will be loaded again, runs with its units in the new order."""
@@ -595,7 +590,7 @@ def not_awaiting(model: nn.Module, record: Attachment) -> Iterator[None]:
         yield
     finally:
         record.awaits_weights = True
-        _change_moves(record, lambda move: move.postpone(model))
+        _change_moves(record, lambda move: move.undo(model, later=True))
 
 
 def after_load(model: nn.Module, *_: Any) -> None:
@@ -634,7 +629,7 @@ def accept_arrived_weights(model: nn.Module) -> bool:
     if not record.mounts or not _has_to_accept(model, record):
         return False
     reshard_all(model)
-    if any_on_meta(model, record):
+    if any_on_meta(model, record.couplings):
         return False
     _change_moves(record, Move.start_again)  # what was loaded is in the base's order
     _check_arrived(model, record)
@@ -643,7 +638,7 @@ def accept_arrived_weights(model: nn.Module) -> bool:
         _keep_extra_base(model, record)
         record.awaits_weights, record.none_awaited = False, True
     except BaseException:  # an interrupt: the next call starts from the base's order again
-        _change_moves(record, lambda move: move.postpone(model))
+        _change_moves(record, lambda move: move.undo(model, later=True))
         raise
     for mount in record.mounts.values():
         mount.layer.first_values = None
@@ -682,14 +677,12 @@ def _check_arrived(model: nn.Module, record: Attachment) -> None:
 
 def _keep_extra_base(model: nn.Module, record: Attachment) -> None:
     """Keep the base of the extra weights, which this rank may not have had."""
-    names = list(record.extra.base)
-    if names:
-        parameters = {name: model.get_parameter(name) for name in names}
-        source = _rank_that_has(record, ranks_sharing(parameters.values()))
-        if source is None:
-            record.extra.base = full_copies(parameters)
-        else:
-            record.extra.base = {name: _sent(record, name, parameters[name], source) for name in names}
+    parameters = {name: model.get_parameter(name) for name in record.extra.base}
+    source = _rank_that_has(record, ranks_sharing(parameters.values()))
+    if source is None:
+        record.extra.base = full_copies(parameters)
+    else:
+        record.extra.base = {name: _sent(record, name, one, source) for name, one in parameters.items()}
 
 
 def _rank_that_has(record: Attachment, ranks: list[int] | None) -> int | None:
@@ -803,7 +796,7 @@ def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args:
         entry.base = applied(function, entry.base)
     record.extra.apply(function)
     place_loaded(model, record, record.loaded)
-    if record.mounts and any_on_meta(model, record):  # the weights have gone, and will arrive again
+    if record.mounts and any_on_meta(model, record.couplings):  # the weights have gone, and will arrive again
         record.awaits_weights = True
         _change_moves(record, lambda move: move.forget(model))
     return model

@@ -27,7 +27,6 @@ from s2ft.attached.hooks import (
     add_record_and_hooks,
     add_save_functions,
     allow_training,
-    any_on_meta,
     experts_modules,
     mark_layers,
     remove_checkpoint_hooks,
@@ -74,7 +73,7 @@ from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.weights import (
     Move,
-    allow_repacking,
+    any_on_meta,
     check_own_memory,
     contiguous_range,
     coupling_order,
@@ -85,8 +84,8 @@ from s2ft.model.weights import (
     order_in_blocks,
     parameter_position,
     put,
+    set_repacking,
     split_of_units,
-    stop_repacking,
     tensors_of,
     weight_at,
 )
@@ -207,7 +206,7 @@ def _make_layers(
     selection: Selection,
 ) -> None:
     """Record the moves and the trainable layers of a new adapter. No layer is replaced yet."""
-    record.awaits_weights = any_on_meta(model, record) or will_be_loaded_again()
+    record.awaits_weights = any_on_meta(model, record.couplings) or will_be_loaded_again()
     record.repacking_stopped = layers_that_repack(model)
     record.moves += moves
     record.move_of |= {projection.name: move for move in moves for projection in move.coupling.projections}
@@ -242,7 +241,7 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
         extra_names: Names of the parameters that are trained in full.
     """
     model.requires_grad_(False)
-    stop_repacking(model, record.repacking_stopped)
+    set_repacking(record.repacking_stopped, False)
     allow_training(model)
     for move in record.moves:
         move.do(model, later=record.awaits_weights)
@@ -511,7 +510,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     fsdp_follow(model, [(there, here) for here, there in _places(model, record)])
     for move in reversed(record.moves):
         move.undo(model)
-    allow_repacking(model, record.repacking_stopped)
+    set_repacking(record.repacking_stopped, True)
     restore_quantizer(model)
 
 

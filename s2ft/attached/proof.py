@@ -43,7 +43,7 @@ from s2ft.model.running import (
     seeded,
     tensors_in,
 )
-from s2ft.model.weights import Delta, allow_repacking, can_run, layers_that_repack, stop_repacking, weight_at
+from s2ft.model.weights import Delta, can_run, layers_that_repack, set_repacking, weight_at
 from s2ft.selection import Selection
 
 # By how much rounding may change an entry, see `changes`: behind one block, and behind the whole model. None stands for
@@ -145,7 +145,7 @@ class Proof:
         """
         failure = ""
         repacking = layers_that_repack(self.model)
-        stop_repacking(self.model, repacking)
+        set_repacking(repacking, False)
         try:
             self.deltas = deltas
             for name, delta in deltas.items():
@@ -160,7 +160,7 @@ class Proof:
                     failure = failure or f" ({type(error).__name__}: {str(error)[:200]})"
         finally:
             deactivate(self.model, self.record)
-            allow_repacking(self.model, repacking)
+            set_repacking(repacking, True)
         if self.demanded:
             raise ValueError(f"{NEED_EXAMPLE}{failure}")
         why = f"runs on no input that s2ft makes{failure}" if failure else "has no config to make an input from"

@@ -214,7 +214,7 @@ class Attachment:
         move_of: The move of each projection that one reorders, by the projection's name.
         mounts: Trainable layers by path.
         forwards: Forwards that s2ft has given to modules, by the module's path.
-        repacking_stopped: Paths of the layers that were told not to repack their weights.
+        repacking_stopped: Layers that were told not to repack their weights.
         extra: Values of extra weights.
         loaded: Adapters that are not trainable, by name.
         active: Factors of the active adapters by name. It is cleared before the weights get the base back, and assigned
@@ -244,7 +244,7 @@ class Attachment:
     move_of: dict[str, Move] = field(default_factory=dict)
     mounts: dict[str, Mount] = field(default_factory=dict)
     forwards: dict[str, Callable] = field(default_factory=dict)
-    repacking_stopped: list[str] = field(default_factory=list)
+    repacking_stopped: list[nn.Module] = field(default_factory=list)
     extra: ExtraWeights = field(default_factory=ExtraWeights)
     loaded: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from pathlib import Path
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
 from s2ft.config import check_adapter_name, refuse
 from s2ft.conversion import EXPORTS, IMPORTS, export
-from s2ft.files.plain_text import table
+from s2ft.files.plain_text import check_output, table
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES, locate
 from s2ft.train.options import Options, option
@@ -173,19 +173,18 @@ def run_combine(job: CombineArguments) -> None:
 # ---- s2ft export and merge -----------------------------------------------------------------------------
 
 DEFAULT = "lora"
-DESCRIPTION = """Write an adapter for other tools, read it again and compare.
+
+
+def run_export(arguments: list[str]) -> None:
+    formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
+    description = f"""Write an adapter for other tools, read it again and compare.
 
 {formats}
 
 With --from-lora, convert in the other direction: a LoRA that has the structure of S²FT becomes an adapter. --from-peft
 does so with an adapter that PEFT saved, for example in Axolotl."""
-
-EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --output my-lora"
-
-
-def run_export(arguments: list[str]) -> None:
-    formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
-    job = OptionParser("export", DESCRIPTION.format(formats=formats), [_options()], EXAMPLE).given(arguments)
+    example = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --output my-lora"
+    job = OptionParser("export", description, [_options()], example).given(arguments)
     sources = [name for name in IMPORTS if f"from_{name}" in job]
     target = f"from-{sources[0]}" if sources else job.get("format", DEFAULT)
     owners = {word: [name for name, one in EXPORTS.items() if word in one.options] for word in job}
@@ -281,8 +280,7 @@ def run_merge(job: MergeArguments) -> None:
         print(packed.export(base, job.adapter, job.output))
     elif to_gguf:
         beside = Path(job.output).with_suffix(f".{ollama.MODELFILE}")
-        if beside.exists():
-            raise FileExistsError(f"output {beside} exists: choose another")
+        check_output(beside)
         form = recorded_format(s2ft.read_adapter(job.adapter).info) or PromptFormat()
         text = ollama.modelfile(None, [], form, f"./{Path(job.output).name}")  # before the merge, which takes time
         print(packed.export(base, job.adapter, job.output))

@@ -15,13 +15,6 @@ from s2ft.train.options import Options
 
 # ---- s2ft generate -------------------------------------------------------------------------------------
 
-DESCRIPTION_OF_GENERATE = """Write one answer to a prompt.
-
-The prompt is the message of a user, in the chat template that the adapter was trained with. Without adapter it is that
-of the model; a model without one continues the text."""
-EXAMPLE_OF_GENERATE = """  s2ft generate --model meta-llama/Llama-3.2-1B-Instruct --adapter my-run --prompt "Hello!"
-  s2ft generate --model my-model --prompt-file prompt.txt --temperature 0.7 --top-p 0.9"""
-
 
 @dataclass
 class SamplingArguments:
@@ -84,7 +77,14 @@ class GenerateArguments:
             raise ValueError(f"raw is without a chat template, so there is no {'chat' if self.chat else 'system'}")
 
 
-@command(DESCRIPTION_OF_GENERATE, EXAMPLE_OF_GENERATE)
+@command(
+    """Write one answer to a prompt.
+
+The prompt is the message of a user, in the chat template that the adapter was trained with. Without adapter it is that
+of the model; a model without one continues the text.""",
+    """  s2ft generate --model meta-llama/Llama-3.2-1B-Instruct --adapter my-run --prompt "Hello!"
+  s2ft generate --model my-model --prompt-file prompt.txt --temperature 0.7 --top-p 0.9""",
+)
 def run_generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     from s2ft.text.adapter_prompts import base_name, load_with_adapter
     from s2ft.text.conversation import pieces
@@ -146,16 +146,6 @@ HELP = """/adapter NAME   go on with another adapter; /adapter base is the model
 
 A line that ends with \\ goes on in the next one. A message that begins with / is written with //.
 Ctrl-C stops an answer."""
-DESCRIPTION = f"""Talk to a model in the terminal, with or without adapters.
-
-Prompts have the chat template and the system prompt that the present adapter was trained with. If stdin is no terminal,
-each of its lines is a message, and only the answers are printed.
-
-in the chat:
-{HELP}"""
-EXAMPLE = """  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter my-run
-  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter math=runs/7 support=runs/9 --temperature 0.7
-  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter runs"""
 
 
 @dataclass
@@ -171,7 +161,18 @@ class ChatArguments(Options):
     dtype: str = option("auto", DTYPE, choices=DTYPES)
 
 
-@command(DESCRIPTION, EXAMPLE)
+@command(
+    f"""Talk to a model in the terminal, with or without adapters.
+
+Prompts have the chat template and the system prompt that the present adapter was trained with. If stdin is no terminal,
+each of its lines is a message, and only the answers are printed.
+
+in the chat:
+{HELP}""",
+    """  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter my-run
+  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter math=runs/7 support=runs/9 --temperature 0.7
+  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter runs""",
+)
 def run_chat(job: ChatArguments, sampling: SamplingArguments) -> None:
     Talk(job, sampling).loop()
 

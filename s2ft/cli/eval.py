@@ -12,11 +12,6 @@ from s2ft.text.models import DTYPES
 from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT
 
 ONLY_DATA, ONLY_LM_EVAL = ("data", "task", "kl", "forgetting"), ("lm_eval_path", "num_fewshot", "apply_chat_template")
-EXAMPLE = """\
-  s2ft eval --adapter my-run --data my-data.jsonl
-  s2ft eval --adapter my-run --data test.jsonl --task arithmetic
-  s2ft eval --adapter my-run --forgetting other-text.jsonl
-  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --lm-eval hellaswag,arc_easy"""
 
 
 @dataclass
@@ -78,7 +73,14 @@ class EvalArguments:
         )
 
 
-@command("Compare an adapter with its base on your data, or score the answers to each row.", EXAMPLE)
+@command(
+    "Compare an adapter with its base on your data, or score the answers to each row.",
+    """\
+  s2ft eval --adapter my-run --data my-data.jsonl
+  s2ft eval --adapter my-run --data test.jsonl --task arithmetic
+  s2ft eval --adapter my-run --forgetting other-text.jsonl
+  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --lm-eval hellaswag,arc_easy""",
+)
 def run_eval(job: EvalArguments, reading: ReadingOptions) -> None:
     if job.lm_eval is not None and reading != ReadingOptions():
         raise UsageError("split, field and skip_bad_rows have no meaning with lm_eval (see s2ft eval --help)")

@@ -23,7 +23,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from s2ft.config import did_you_mean
-from s2ft.files.plain_text import parse_yaml
+from s2ft.files.plain_text import check_output, parse_yaml
 
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
 MOST = 16  # so many choices are listed in an error, of more the closest ones
@@ -544,10 +544,8 @@ def new_file(name: str | None) -> Path | None:
         FileNotFoundError: Its folder does not exist.
     """
     output = Path(name) if name else None
-    if output and output.exists():
-        raise FileExistsError(f"output {output} exists: choose another")
-    if output and not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
+    if output:
+        check_output(output)
     return output
 
 

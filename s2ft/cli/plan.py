@@ -224,9 +224,6 @@ def run_couplings(job: CouplingsArguments) -> None:
 # ---- s2ft select ---------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
-EXAMPLE_OF_SELECT = """\
-  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
-  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run"""
 
 
 @dataclass
@@ -256,7 +253,9 @@ class SelectArguments(Options):
 
 @command(
     "Choose the units that a configuration describes, print a table of them, and save them.",
-    EXAMPLE_OF_SELECT,
+    """\
+  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
+  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run""",
     {S2FTConfig: "selection", ReadingOptions: "model and data"},
 )
 def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: dict) -> None:

@@ -8,11 +8,6 @@ from s2ft.packages import check_packages
 from s2ft.serve.server_options import ServerOptions, key_of, served_name, warn_if_open
 from s2ft.text.models import DTYPES
 
-EXAMPLE = """  s2ft serve --adapters runs
-  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs math=old-runs/7 --check
-  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --host 0.0.0.0 --port 80 --api-key SECRET
-  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --engine vllm -- --tensor-parallel-size 2"""
-
 # Options of the built-in server, and what vLLM has in their place: options that stand after "--", or a reason
 ONLY_BUILT_IN = {
     "max_batch_size": "-- --max-num-seqs N",
@@ -80,7 +75,10 @@ def run_serve(arguments: list[str]) -> None:
         "adapter.",
         [ServeArguments],
         words,
-        EXAMPLE,
+        """  s2ft serve --adapters runs
+  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs math=old-runs/7 --check
+  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --host 0.0.0.0 --port 80 --api-key SECRET
+  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --engine vllm -- --tensor-parallel-size 2""",
     )
     quiet_transformers()
     from s2ft.adapter.folders import source_of

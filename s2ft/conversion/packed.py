@@ -35,8 +35,8 @@ from s2ft.adapter.folders import resolve
 from s2ft.attached.record import Attachment, check_fits, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
-from s2ft.export.streamed import check_output, temporary_folder, temporary_place
-from s2ft.files.plain_text import by_key, replace_file, sha256_of
+from s2ft.export.streamed import temporary_folder, temporary_place
+from s2ft.files.plain_text import by_key, check_output, replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
 from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base

@@ -31,6 +31,7 @@ from s2ft.estimation.shadow import forget_data, made_inputs, make_shadow, shape_
 from s2ft.estimation.step import OPTIMIZERS, Optimizer, ShadowStep, bytes_of, free_memory, maker
 from s2ft.model.coupling import Coupling
 from s2ft.model.running import check_example
+from s2ft.selection import with_units
 
 __all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
 
@@ -116,7 +117,8 @@ def estimate(
         >>> sharded.devices, sharded.fits
         (..., True)
     """
-    _check(config, batch, length, example, accumulation, logits, use_cache, loss)
+    config = with_units(config)
+    _check(batch, length, example, accumulation, logits, use_cache, loss)
     strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
     if not (strategy is None or isinstance(strategy, Strategy)):
         raise TypeError(f"strategy must be a name, a Strategy or None, got {type(strategy).__name__}")
@@ -148,11 +150,7 @@ def estimate(
     return smallest(count, strategy) if devices is None else count(devices)
 
 
-def _check(
-    config: Any, batch: Any, length: Any, example: Any, accumulation: Any, logits: Any, use_cache: Any, loss: Any
-) -> None:
-    if not isinstance(config, S2FTConfig):
-        raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
+def _check(batch: Any, length: Any, example: Any, accumulation: Any, logits: Any, use_cache: Any, loss: Any) -> None:
     sizes = {"batch": batch, "length": length, "logits": logits}
     if example is not None:
         needless = [name for name, value in sizes.items() if value is not None]

@@ -22,7 +22,7 @@ from s2ft.model.coupling import Coupling
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import example_of
-from s2ft.selection import select, with_units
+from s2ft.selection import select
 
 
 def make_shadow(
@@ -34,10 +34,10 @@ def make_shadow(
 ) -> tuple[nn.Module, Attachment]:
     """Copy a model to the meta device, with trainable layers in it, and return the copy and its record.
 
-    Quantized weights are shared with the model, because their layers read properties of them.
+    The slices and the numbers of the units have data until :func:`forget_data`. Quantized weights are shared with the
+    model, because their layers read properties of them.
     """
     check_unattached(model)
-    config = with_units(config)
     found = find_couplings(model, couplings, example, config)
     wanted = _wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
@@ -64,8 +64,6 @@ def make_shadow(
     add_record_and_hooks(shadow, record)
     mount(shadow, record, config, selection, "estimate")
     expect_no_weights(record)
-    for mounted in record.mounts.values():
-        mounted.layer.drop_data()
     return shadow, record
 
 

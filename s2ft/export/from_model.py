@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from s2ft.attached.active import extra_values, mounted_deltas, write_changed_layers
+from s2ft.attached.hooks import named_tensors
 from s2ft.attached.record import Attachment, attachment_of, check_plain_and_untied, coupled_names, on_unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import (
@@ -30,14 +31,13 @@ from s2ft.export.streamed import (
     Changes,
     DiskSource,
     Sum,
-    check_output,
     check_size,
     saved_names,
     temporary_folder,
     write_config,
     write_weights,
 )
-from s2ft.files.plain_text import by_key
+from s2ft.files.plain_text import by_key, check_output
 from s2ft.model.checkpoint import StoredWeights, is_of_transformers, open_checkpoint, read_from, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.weights import moving_tensors, restoring_moves
@@ -149,7 +149,7 @@ def _plain(model: Any) -> nn.Module:
     own: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     with torch.device("meta"):
         plain = own._from_config(deepcopy(model.config), dtype=model.dtype)
-    tensors = _tensors(model)
+    tensors = dict(named_tensors(model))
     known = {name for name in tensors if name.endswith(".s2")}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         found = _find(tensors, name)
@@ -163,11 +163,6 @@ def _plain(model: Any) -> nn.Module:
     if model.can_generate():
         plain.generation_config = deepcopy(model.generation_config)
     return plain.eval()
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of an attached model by name, each with all of its names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _find(tensors: Container[str], name: str) -> str | None:
@@ -268,7 +263,7 @@ class _ModelSource(BaseSource):
 
     def __init__(self, model: nn.Module, record: Attachment, plain: nn.Module) -> None:
         self.transforms = getattr(model, "_weight_conversions", None)
-        self._tensors = _tensors(model)
+        self._tensors = dict(named_tensors(model))
         groups = saving_groups(plain, self.transforms, saved_names(plain))
         self._rest = [name for group in groups for name, _ in group.sources]
         self._moves = restoring_moves(model, record.moves)

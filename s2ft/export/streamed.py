@@ -22,7 +22,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from s2ft.files.plain_text import by_key
+from s2ft.files.plain_text import by_key, check_output
 from s2ft.files.streaming import StoredTensor, checksum, lay_out
 from s2ft.model.checkpoint import INDEX, CannotStream, Group, StoredWeights, open_checkpoint, saving_groups, tied_names
 from s2ft.model.coupling import Projection
@@ -300,14 +300,6 @@ def check_size(size: str) -> None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", size.strip(), re.IGNORECASE)
     if not found or float(found[1]) == 0:
         raise ValueError(f"max_shard_size must be a size above 0, such as 2GB, got {size!r}")
-
-
-def check_output(output: Path) -> None:
-    """Check that an output can be made, see :func:`temporary_place`."""
-    if output.exists():
-        raise FileExistsError(f"output {output} exists")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
 
 
 @contextmanager

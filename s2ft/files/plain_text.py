@@ -108,6 +108,19 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
+def check_output(output: Path) -> None:
+    """Check that an output can be made, before anything is computed for it.
+
+    Raises:
+        FileExistsError: It exists.
+        FileNotFoundError: Its folder does not exist.
+    """
+    if output.exists():
+        raise FileExistsError(f"output {output} exists: choose another")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if it has none."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -105,18 +105,14 @@ def _read(read_args: Callable[..., Any], args: Any = None) -> Any:
         config_from(settings, NAME)  # an error comes before the model is loaded
     from llamafactory.model import adapter
 
-    adapter.LoraConfig = _replacing_lora(settings)
+    adapter.LoraConfig = partial(_config, settings)
     return {**{name: value for name, value in given.items() if name != NAME}, "finetuning_type": "lora"}
 
 
-def _replacing_lora(settings: Any) -> Callable[..., S2FTPeftConfig]:
-    """Return what makes the config of S²FT where the first version makes that of LoRA."""
-
-    def config(task_type: Any = None, modules_to_save: Any = None, **lora: Any) -> S2FTPeftConfig:
-        modules = sorted(modules_to_save) if modules_to_save else None
-        return config_from(settings, NAME, task_type=task_type, modules_to_save=modules)
-
-    return config
+def _config(settings: Any, task_type: Any = None, modules_to_save: Any = None, **lora: Any) -> S2FTPeftConfig:
+    """Make the config of S²FT where the first version makes that of LoRA."""
+    modules = sorted(modules_to_save) if modules_to_save else None
+    return config_from(settings, NAME, task_type=task_type, modules_to_save=modules)
 
 
 if __name__ == "__main__":

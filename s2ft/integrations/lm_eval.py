@@ -57,9 +57,12 @@ def evaluate(
         raise ValueError(
             "apply_chat_template has no template to apply: the adapter was trained on plain text, or the base has none"
         )
+    tokenizer = copy.deepcopy(prompter.tokenizer)  # lm-eval may give it a token to pad with
+    if prompter.is_chat:
+        tokenizer.chat_template = standalone_template(prompter.format)
     with generation_mode(model):
         return simple_evaluate(
-            harness_model(model, prompter, batch_size),
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
             tasks=names,
             num_fewshot=num_fewshot,
             limit=limit,
@@ -68,24 +71,6 @@ def evaluate(
             task_manager=_manager(include_path),
             **{"log_samples": False, **options},
         )
-
-
-def harness_model(model, prompter: Prompter, batch_size: int = 8, **options: Any) -> HFLM:
-    """Return the model as lm-eval takes it, with a tokenizer that has the adapter's chat template.
-
-    Args:
-        model: A causal language model, with or without an attached adapter.
-        prompter: As in :func:`evaluate`.
-        batch_size: Rows of a forward pass.
-        options: Further arguments of `lm_eval.models.huggingface.HFLM`.
-
-    Returns:
-        An LM of lm-eval.
-    """
-    tokenizer = copy.deepcopy(prompter.tokenizer)  # lm-eval may give it a token to pad with
-    if prompter.is_chat:
-        tokenizer.chat_template = standalone_template(prompter.format)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", **options)
 
 
 def check_tasks(tasks: Sequence[str], include_path: str | None = None) -> list[str]:

@@ -662,20 +662,13 @@ class S2Layer(TrainableLayer):
         elif not self.s2.is_meta and not weight_was_here:
             own_shard(self.s2).tensor.copy_(before.tensor)
         elif self.s2.is_meta and not before.tensor.is_meta:
-            self.first_values = before.tensor if before.is_full else None
+            self.first_values = before.tensor if before.start is None else None
         return self
 
     def leave_units_out_of_states(self) -> None:
         """Leave the selected units out of state dicts: what shards and broadcasts a state expects parameters only."""
         if self.index is not None:
             self._non_persistent_buffers_set.add("index")
-
-    def drop_data(self) -> None:
-        """Send s2 and the selected units to the meta device too, for a model that never gets any data."""
-        self.s2 = nn.Parameter(self.s2.to("meta"))
-        for name, buffer in self._buffers.items():
-            if name in UNITS and buffer is not None:
-                self._buffers[name] = buffer.to("meta")
 
     # ---- copies and states -----------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
 from s2ft.layers.linear import CONV1D, LinearKind, is_conv1d
 from s2ft.ops._library import transforms_active
+from s2ft.ops.sliced import DTYPES
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of a weight to which a delta can be added
 OWN_NAMES = ("s2", "index", "base", "start", "end", "enabled", "dim", "kind", "kinds", "transposed", "plain")
 FALCON = ("FalconLinear", "modeling_falcon")  # its forward computes the same as nn.Linear's, in two steps
 

@@ -173,10 +173,6 @@ class Kind:
         """How tensor parallelism has split the weight over ranks; None if it has not."""
         return None
 
-    def parameters(self, module: nn.Module) -> int | None:
-        """The number of parameters that a packed weight stands for; None for a weight that is not packed."""
-        return None
-
     def dtype_name(self, module: nn.Module) -> str:
         """The weight's dtype in words, as fingerprints and messages have it."""
         return str(self.weight(module).dtype).removeprefix("torch.")
@@ -268,16 +264,6 @@ class Kind:
         return True
 
     # ---- what only quantized layers have ---------------------------------------------------------
-
-    def can_repack(self, module: nn.Module) -> bool:
-        """Whether the layer may store its weight in another way when it runs, which then passes no gradient."""
-        return False
-
-    def stop_repacking(self, module: nn.Module) -> None:
-        """Unpack the weight and keep it unpacked from now on."""
-
-    def allow_repacking(self, module: nn.Module) -> None:
-        """Allow the layer to pack its weight at its next forward."""
 
     def shared(self, module: nn.Module) -> list[Any]:
         """Objects that a copy of the layer must share with it, because they describe how its weight is stored."""

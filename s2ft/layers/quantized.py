@@ -1,7 +1,7 @@
 """Linear layers that train a few outputs or inputs beside a quantized weight, which does not change."""
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +66,6 @@ class S2QuantizedLinear(S2Layer):
     def bias(self) -> Tensor | None:  # type: ignore[override]
         return self.linear.bias
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((cast(int, self.out_features), cast(int, self.in_features)))
-
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
         if not self.enabled:
@@ -111,9 +107,6 @@ class QuantizedKind(Kind):
         """A copy of the weight in floating point, [outputs, inputs]."""
         raise NotImplementedError
 
-    def parameters(self, module: Any) -> int | None:
-        return module.in_features * module.out_features
-
     def dtype_name(self, module: nn.Module) -> str:
         return f"quantized {type(plain_of(module)).__name__}"
 
@@ -134,11 +127,8 @@ def _is_of_bitsandbytes(module: Any, name: str) -> bool:
 
 
 class Linear4bitKind(QuantizedKind):
-    """Linear4bit of bitsandbytes.
-
-    On CPUs with AVX512-BF16, its first forward in evaluation mode packs the weight in another way, for a product in
-    bfloat16. From then on the layer passes no gradient, even in training mode: after one evaluation, training would go
-    wrong without an error. So layers stay unpacked while something is trained.
+    """Linear4bit of bitsandbytes. While something is trained it is kept unpacked, see
+    :func:`s2ft.model.weights.layers_that_repack`.
     """
 
     name = "Linear4bit of bitsandbytes"
@@ -154,19 +144,6 @@ class Linear4bitKind(QuantizedKind):
         packed = (module.weight.data, module.weight.quant_state)
         return dequantize_4bit(*(_unpacked(module) if _is_packed(module) else packed))
 
-    def can_repack(self, module: nn.Module) -> bool:
-        return getattr(module, "support_avx512bf16_for_cpu", False)
-
-    def stop_repacking(self, module: Any) -> None:
-        module = plain_of(module)
-        module.support_avx512bf16_for_cpu = False
-        if _is_packed(module):
-            module.weight.data, module.weight.quant_state = _unpacked(module)
-            module.quant_state = module.weight.quant_state
-
-    def allow_repacking(self, module: nn.Module) -> None:
-        plain_of(module).support_avx512bf16_for_cpu = True
-
     def shared(self, module: nn.Module) -> list[Any]:
         found = (getattr(module.weight, "quant_state", None), getattr(module, "quant_state", None))
         return [state for state in found if state is not None]
@@ -175,6 +152,13 @@ class Linear4bitKind(QuantizedKind):
         states = self.shared(module)
         states += [state.state2 for state in states if state.state2 is not None]
         return [tensor for state in states for tensor in vars(state).values() if isinstance(tensor, Tensor)]
+
+
+def unpack(layer: Any) -> None:
+    """Undo what :func:`s2ft.model.weights.layers_that_repack` describes."""
+    if _is_packed(layer):
+        layer.weight.data, layer.weight.quant_state = _unpacked(layer)
+        layer.quant_state = layer.weight.quant_state
 
 
 def _is_packed(module: Any) -> bool:

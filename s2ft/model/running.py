@@ -45,6 +45,33 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Give a module or an object other attributes inside the context. Afterwards it has its own again, or none.
+
+    Args:
+        owner: A Python module, an nn.Module or any object with a ``__dict__``.
+        **values: The attributes.
+
+    Example:
+        >>> from s2ft.model.running import replaced
+        >>> with replaced(model, forward=lambda input_ids: "replaced"):
+        ...     model(input_ids)
+        'replaced'
+        >>> "forward" in vars(model)
+        False
+    """
+    own = vars(owner)
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values.keys() - before.keys():
+            own.pop(name, None)
+        own.update(before)
+
+
 def forward_hooks(model: nn.Module) -> list[tuple[dict, set]]:
     """Return the dicts of forward hooks and pre-hooks of all modules, and their keys of now."""
     return [(one, set(one)) for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)]

@@ -29,6 +29,7 @@ from s2ft.distributed import (
 from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, LINEAR, TRANSPOSED_EXPERTS, Kind, kind_of
 from s2ft.layers.kind import Split
+from s2ft.layers.quantized import unpack
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.ops import permute_
 from s2ft.ops.in_place import WRITING, check_private
@@ -174,6 +175,11 @@ def tensors_of(model: nn.Module, coupling: Coupling) -> list[Tensor]:
     return tensors
 
 
+def any_on_meta(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
+    """Whether a weight, bias or vector of these couplings is on the meta device."""
+    return any(tensor.is_meta for coupling in couplings for tensor in tensors_of(model, coupling))
+
+
 def have_values(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
     """Whether this rank can read all weights, biases and vectors of these couplings."""
     tensors = [tensor for coupling in couplings for tensor in tensors_of(model, coupling)]
@@ -188,27 +194,26 @@ def can_run(model: nn.Module) -> bool:
 
 def count_parameters(model: nn.Module) -> int:
     """Count a model's parameters; a packed weight counts as the parameters that it stands for."""
-    packed = {id(m.weight): count for m in model.modules() if (count := kind_of(m).parameters(m)) is not None}
+    packed = {id(m.weight): kind.shape(m).numel() for m in model.modules() if (kind := kind_of(m)).read_only}
     return sum(packed.get(id(parameter), full_shape(parameter).numel()) for parameter in model.parameters())
 
 
-def layers_that_repack(model: nn.Module) -> list[str]:
-    """The 4-bit layers of bitsandbytes that may repack their weight, which :func:`stop_repacking` prevents."""
-    return [name for name, module in model.named_modules() if kind_of(module).can_repack(module)]
+def layers_that_repack(model: nn.Module) -> list[nn.Module]:
+    """The Linear4bit layers of bitsandbytes that may pack their weights in another way when they run.
+
+    On CPUs with AVX512-BF16, the first forward in evaluation mode does so, for a product in bfloat16. From then on the
+    layer passes no gradient, even in training mode: after one evaluation, training would go wrong without an error. So
+    layers stay unpacked while something is trained.
+    """
+    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
 
 
-def stop_repacking(model: nn.Module, names: list[str]) -> None:
-    """Unpack the weights of these layers and keep them unpacked from now on, see :meth:`Kind.can_repack`."""
-    for name in names:
-        module = model.get_submodule(name)
-        kind_of(module).stop_repacking(module)
-
-
-def allow_repacking(model: nn.Module, names: list[str]) -> None:
-    """Allow these layers to pack their weights, at their next forward."""
-    for name in names:
-        module = model.get_submodule(name)
-        kind_of(module).allow_repacking(module)
+def set_repacking(layers: Iterable[Any], allowed: bool) -> None:
+    """Allow layers to pack their weights at their next forward; or unpack them, and keep them unpacked from now on."""
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = allowed
+        if not allowed:
+            unpack(layer)
 
 
 def put(model: nn.Module, path: str, thing: nn.Module | nn.Parameter, position: int | None = None) -> None:
@@ -428,39 +433,36 @@ class Move:
             model: The model.
             later: Whether to leave it pending although the weights are here. Weights on the meta device always do.
         """
-        if not self.is_done and (later or self._is_without_values(model)):
+        if not self.is_done and (later or any_on_meta(model, [self.coupling])):
             self.is_pending = True
             return
         self._change(model, True)
         self.is_pending = False
 
-    def undo(self, model: nn.Module) -> None:
-        """Put the units back in the original order, unless they are in it."""
-        self.is_pending = False
+    def undo(self, model: nn.Module, later: bool = False) -> None:
+        """Put the units back in the original order, unless they are in it.
+
+        Args:
+            model: The model.
+            later: Whether they are reordered again later.
+        """
         self._change(model, False)
+        self.is_pending = later
 
     def finish(self, model: nn.Module) -> None:
         """Make a pending change, if the weights are here."""
         if self.is_pending:
             self.do(model)
 
-    def postpone(self, model: nn.Module) -> None:
-        """Put the units back in the original order, to be reordered later."""
-        self._change(model, False)
-        self.is_pending = True
-
     def forget(self, model: nn.Module) -> None:
         """Make a change pending again, if the reordered weights have gone to the meta device."""
-        if self._is_without_values(model):
+        if any_on_meta(model, [self.coupling]):
             self.start_again()
 
     def start_again(self) -> None:
         """Make a change pending again, because the weights have been loaded in the base's order, or will be."""
         if self.is_done:
             self._state, self.is_pending = (False, None), True
-
-    def _is_without_values(self, model: nn.Module) -> bool:
-        return any(tensor.is_meta for tensor in tensors_of(model, self.coupling))
 
     def recover(self, model: nn.Module) -> None:
         """Revert an interrupted change."""
@@ -550,7 +552,9 @@ def _permute_shard(moving: MovingTensor) -> None:
     if part is None or not changing.numel():
         return
     sources = moving.elements[changing]
-    values = part.empty(changing.numel())
+    shape = list(part.tensor.shape)
+    shape[part.dim] = changing.numel()
+    values = part.tensor.new_zeros(shape)
     values.index_copy_(part.dim, part.places(sources).to(values.device), part.read(part.own(sources)))
     values = sum_over_shards(values, moving.tensor, moving.dim)
     values = values.index_select(part.dim, part.places(changing).to(values.device))
@@ -598,12 +602,6 @@ class _OwnShard(NamedTuple):
         index = self.find(elements)[0].to(self.tensor.device)
         with WRITING:
             self.tensor.index_copy_(self.dim, index, values.to(self.tensor))
-
-    def empty(self, count: int) -> Tensor:
-        """Zeros of the shape of `count` elements."""
-        shape = list(self.tensor.shape)
-        shape[self.dim] = count
-        return self.tensor.new_zeros(shape)
 
 
 # ---- the trained update of one projection ---------------------------------------------------------------------------

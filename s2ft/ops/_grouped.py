@@ -15,8 +15,7 @@ from torch import Tensor
 
 from s2ft.ops._library import define, host_can_read
 from s2ft.ops.in_place import is_being_captured
-
-ALIGNMENT = 16  # bytes
+from s2ft.ops.sliced import ALIGNMENT
 
 
 def takes(tensor: Tensor) -> bool:

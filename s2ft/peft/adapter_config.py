@@ -8,12 +8,11 @@ from peft import PeftType
 from peft.config import PeftConfig
 
 from s2ft.config import CHOOSING, S2FTConfig, refuse
-from s2ft.model.coupling import Coupling, checked_couplings
+from s2ft.model.coupling import SIDES, Coupling, checked_couplings
 from s2ft.selection import Selection
 from s2ft.selection.metrics import METRICS
 
 TYPE = "S2FT"  # the method's name in PeftType and in adapter_config.json
-DIMS = ("outputs", "inputs")  # names of a weight's dim 0 and 1
 
 
 @dataclass
@@ -163,7 +162,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
                 self.layers_pattern and self.layers_to_transform is None,
                 "layers_pattern needs layers_to_transform: it tells where a layer's number is in a name",
             ),
-            (self.dim not in (None, *DIMS), f"dim must be one of {', '.join(DIMS)}, or None, got {self.dim!r}"),
+            (self.dim not in (None, *SIDES), f"dim must be one of {', '.join(SIDES)}, or None, got {self.dim!r}"),
         )
         if self.ratio is not None:
             self._check_ratio("ratio")

@@ -19,9 +19,9 @@ from s2ft.config import refuse
 from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
 from s2ft.layers.kind import transforms_active
+from s2ft.model.coupling import SIDES
 from s2ft.model.weights import Delta
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
-from s2ft.peft.adapter_config import DIMS
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
 
@@ -107,8 +107,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         for name, one in units.items():
             if one.dim != self.dims.get(name, one.dim):
                 raise ValueError(
-                    f"adapter {adapter_name!r} trains {DIMS[one.dim]} of a module, and another adapter trains its "
-                    f"{DIMS[self.dims[name]]}: give both the same dim"
+                    f"adapter {adapter_name!r} trains {SIDES[one.dim]} of a module, and another adapter trains its "
+                    f"{SIDES[self.dims[name]]}: give both the same dim"
                 )
 
     def update_layer(self, adapter_name: str, units: dict[str, Any], init_weights: bool) -> None:

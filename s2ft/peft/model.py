@@ -15,7 +15,7 @@ from s2ft.adapter.adapter import check_weight
 from s2ft.attached.mounting import check_gradients_pass
 from s2ft.config import refuse
 from s2ft.files.plain_text import by_key
-from s2ft.model.weights import allow_repacking, layers_that_repack, stop_repacking
+from s2ft.model.weights import layers_that_repack, set_repacking
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftExperts, S2FTPeftLayer
 from s2ft.peft.native_adapter import ModuleUnits, select_units
@@ -61,7 +61,7 @@ class S2FTPeftModel(BaseTuner):
             check_gradients_pass(model)
         self.peft_config[adapter_name] = config
         unpacked = layers_that_repack(model)
-        stop_repacking(model, unpacked)
+        set_repacking(unpacked, False)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.remember_created(created)  # once more, because PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)
@@ -144,7 +144,7 @@ class S2FTPeftModel(BaseTuner):
             if isinstance(module, S2FTPeftLayer) and module.merged and not merge:
                 module.unmerge()
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        allow_repacking(model, self.__dict__.pop("_unpacked", []))
+        set_repacking(self.__dict__.pop("_unpacked", []), True)
         return model
 
     # ---- weighted sums -------------------------------------------------------------------------------

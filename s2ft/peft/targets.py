@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from s2ft.files.plain_text import by_key
 from s2ft.layers import OTHER, forward_of, kind_of
-from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.coupling import SIDES, Coupling, Projection, projections_of, unit_name
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import check_module
 from s2ft.model.weights import weight_at
-from s2ft.peft.adapter_config import DIMS, S2FTPeftConfig
+from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.selection import unit_tensors
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
@@ -216,7 +216,7 @@ def _is_target_parameter(config, path: str) -> bool:
 def _uncoupled(config: S2FTPeftConfig, model: nn.Module, path: str) -> Targets:
     """A module in no coupling. Its units are single inputs, or single outputs if the config says so."""
     check_module(model.get_submodule(path), path)
-    dim = DIMS.index(config.dim or "inputs")
+    dim = SIDES.index(config.dim or "inputs")
     shape = weight_at(model, Projection("ud"[dim], path, 1, 1, dim)).shape
     return Targets(f"module {path}", 0, (Projection("ud"[dim], path, shape[dim], 1, dim),))
 
@@ -230,7 +230,7 @@ def _uncoupled_stack(config: S2FTPeftConfig, model: nn.Module, path: str) -> Tar
             "name the module of a layer in target_modules"
         )
     forward_of(owner)  # raises for a module that runs its experts in an unknown way
-    dim, transposed = DIMS.index(config.dim or "inputs"), bool(getattr(owner, "is_transposed", False))
+    dim, transposed = SIDES.index(config.dim or "inputs"), bool(getattr(owner, "is_transposed", False))
     count = weight.shape[2 - dim if transposed else 1 + dim]
     parts = (
         Projection("ud"[dim], path, count, 1, dim, expert=expert, transposed=transposed)
@@ -274,9 +274,9 @@ def _check_coupled(config: S2FTPeftConfig, couplings: list[Coupling], targets: l
             f"{key}_ratio: modules_to_save, exclude_modules or layers_to_transform excludes all of its modules"
         )
     for projection in projections_of(targets):
-        if config.dim is not None and config.dim != DIMS[projection.dim]:
+        if config.dim is not None and config.dim != SIDES[projection.dim]:
             raise ValueError(
-                f"dim={config.dim!r}, but the units of {projection.path} are its {DIMS[projection.dim]}: dim is for "
+                f"dim={config.dim!r}, but the units of {projection.path} are its {SIDES[projection.dim]}: dim is for "
                 "modules that are in no coupling"
             )
 

@@ -169,7 +169,13 @@ def span(sizes: list[int]) -> str:
 
 
 def with_units(config: S2FTConfig) -> S2FTConfig:
-    """Return the config with the units themselves, if it has the path of a file that has them."""
+    """Check that a config is one, and return it with the units themselves if it has the path of a file of them.
+
+    Raises:
+        TypeError: It is not an S2FTConfig.
+    """
+    if not isinstance(config, S2FTConfig):
+        raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     return replace(config, units=Selection.load(config.units).to_dict()) if isinstance(config.units, str) else config
 
 
@@ -255,7 +261,7 @@ def units_per_projection(
         ValueError: Nothing is requested; a ratio or the budget gives no unit; the budget is larger than all units that
             may be chosen; or the config names a projection or layer that the model does not have.
     """
-    requested = requested_projections(couplings, config)
+    requested = [p for p in projections_of(requested_couplings(couplings, config)) if p.key in config.ratios]
     if config.budget is None and config.match_lora_rank is None:
         if config.selection == "random" and config.allocation == "global":
             return _units_over_layers(requested, config.ratios)
@@ -288,20 +294,26 @@ def _aligned(units: dict[str, int], align: int | None) -> dict[str, int]:
     return {name: number - number % align if align and number > align else number for name, number in units.items()}
 
 
-def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list[Projection]:
-    """Return the projections that the config's ratios and layers request.
+def requested_couplings(couplings: list[Coupling], config: S2FTConfig) -> list[Coupling]:
+    """Return the couplings of the layers to train.
 
     Raises:
-        ValueError: The config requests nothing, or a projection or layer that the model does not have.
+        ValueError: The config's ratios request nothing, or a projection that these layers do not have, or the config
+            names a layer that the model does not have.
     """
     if not config.ratios:
         raise ValueError(
             "nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
             "u_ratio, g_ratio, d_ratio, l_ratio, i_ratio above 0"
         )
-    layers = requested_layers(couplings, config)
-    couplings = [coupling for coupling in couplings if coupling.layer in layers]
-    present = sorted({projection.key for projection in projections_of(couplings)}, key=PROJECTIONS.index)
+    known = {coupling.layer for coupling in couplings}
+    layers = known if config.layers is None else set(config.layers)
+    if layers - known:
+        raise ValueError(
+            f"layers names {sorted(layers - known)}, but the model has layers {min(known)} to {max(known)}"
+        )
+    requested = [coupling for coupling in couplings if coupling.layer in layers]
+    present = sorted({projection.key for projection in projections_of(requested)}, key=PROJECTIONS.index)
     for key in config.ratios:
         if key not in present:
             where = "this model does not have" if config.layers is None else "the layers to train do not have"
@@ -309,22 +321,7 @@ def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list
                 f"{key}_ratio requests a projection that {where}: there are {', '.join(present) or 'none'}, so set "
                 f"{' or '.join(f'{one}_ratio' for one in present) or 'other layers'}"
             )
-    return [projection for projection in projections_of(couplings) if projection.key in config.ratios]
-
-
-def requested_layers(couplings: list[Coupling], config: S2FTConfig) -> set:
-    """Return the layers to train.
-
-    Raises:
-        ValueError: The config names a layer that the model does not have.
-    """
-    known = {coupling.layer for coupling in couplings}
-    if config.layers is None:
-        return known
-    unknown = sorted(set(config.layers) - known)
-    if unknown:
-        raise ValueError(f"layers names {unknown}, but the model has layers {min(known)} to {max(known)}")
-    return set(config.layers)
+    return requested
 
 
 def _units(projection: Projection, ratio: float) -> int:
@@ -608,9 +605,8 @@ def _select(
             f"selection={config.selection!r} takes no calibration data: leave out calibration",
         ),
     )
-    requested, layers = requested_projections(couplings, config), requested_layers(couplings, config)
-    request = Request([coupling for coupling in couplings if coupling.layer in layers], config, cast(nn.Module, model))
-    allowed = allowed_units(couplings, requested, config.exclude)
+    request = Request(requested_couplings(couplings, config), config, cast(nn.Module, model))
+    allowed = allowed_units(couplings, list(request.projections), config.exclude)
     if protect is not None:
         if model is None:
             raise ValueError("protect needs the model: it runs on the protect data")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig, refuse
-from s2ft.distributed import fsdp_follow, full_values, is_dtensor, reshard_all
+from s2ft.distributed import fsdp_follow, full_values, local_part, reshard_all
 from s2ft.files.plain_text import by_key
 from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.layers.kind import Split
@@ -315,8 +315,7 @@ class _Sums:
 
     def _counted(self, projections: list[Projection], x: Tensor) -> Tensor:
         """Count the positions of x and return it without padding: [..., features] → [positions, features]."""
-        name, x = projections[0].name, x.detach()
-        x = x.to_local() if is_dtensor(x) else x  # as torch's parallelize_module gives it to a layer
+        name, x = projections[0].name, local_part(x.detach())  # torch's parallelize_module gives a layer a DTensor
         x = self.request.calibration.without_padding(x, name, self.positions[name])
         for projection in projections:
             self.counts[projection.name] = self.counts.get(projection.name, 0) + len(x)

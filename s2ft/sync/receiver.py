@@ -17,8 +17,6 @@ from s2ft.config import refuse
 from s2ft.sync.places import Loader, Place, check_base, parts_of, places
 from s2ft.sync.wire import DTYPES, SliceSpec, from_message
 
-RELEASE = 'release it with {"base": true, "sender": "%s"} in an update, or set take_over'
-
 
 @dataclass
 class _Bound:
@@ -146,7 +144,8 @@ class Receiver:
     def _check_sender(self, sender: Any) -> None:
         if sender != self.sender:
             raise RuntimeError(
-                f"this engine has {self.serving}, so sender {sender!r} is refused: {RELEASE % self.sender}"
+                f"this engine has {self.serving}, so sender {sender!r} is refused: release it with "
+                f'{{"base": true, "sender": "{self.sender}"}} in an update, or set take_over'
             )
 
     def update(self, message: Mapping[str, Any]) -> None:

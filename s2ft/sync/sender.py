@@ -22,7 +22,6 @@ from s2ft.sync.slices import TrainedSlices
 from s2ft.sync.wire import DTYPES, name_of, to_message
 
 logger = logging.getLogger(__name__)
-TIMEOUT = 600.0
 BACKEND = """{"backend": "s2ft"}"""
 
 # ---- the engines: a server of vLLM, or vLLM's LLM in this process --------------------------------------
@@ -278,7 +277,7 @@ class SliceSender(AbstractContextManager):
         *,
         dtype: torch.dtype | None = None,
         take_over: bool = False,
-        timeout: float = TIMEOUT,
+        timeout: float = 600.0,
         name: str | None = None,
     ) -> None:
         self.model = model

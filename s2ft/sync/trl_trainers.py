@@ -16,6 +16,7 @@ from functools import cache, partial
 from types import ModuleType
 from typing import Any, TypeVar
 
+from s2ft.model.running import replaced
 from s2ft.sync.sender import SliceSender
 from s2ft.sync.wire import name_of
 
@@ -213,16 +214,11 @@ def _making(trainer: _Slices, own: ModuleType | None, args: tuple, options: dict
     if config.vllm_mode == "colocate":
         choose_port()
     module = own or sys.modules["trl.generation.vllm_generation"]
-    replaced: dict[str, Any] = {"VLLMClient": _client_class(module.VLLMClient)}
+    names: dict[str, Any] = {"VLLMClient": _client_class(module.VLLMClient)}
     if hasattr(module, "LLM"):  # not without vLLM, for which TRL has an error
-        replaced["LLM"] = partial(_llm, module.LLM, trainer)
-    with _NAMES:
-        before = {name: getattr(module, name) for name in replaced}
-        vars(module).update(replaced)
-        try:
-            yield
-        finally:
-            vars(module).update(before)
+        names["LLM"] = partial(_llm, module.LLM, trainer)
+    with _NAMES, replaced(module, **names):
+        yield
 
 
 def _llm(make: type, trainer: _Slices, *given: Any, **options: Any) -> Any:

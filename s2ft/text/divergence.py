@@ -21,7 +21,7 @@ from s2ft.attached.loading import disable_adapters
 from s2ft.attached.record import find_attachment, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import is_spread, reshard_all
-from s2ft.model.running import evaluation_mode
+from s2ft.model.running import evaluation_mode, replaced
 from s2ft.selection.batches import IGNORED, is_encoder_decoder
 from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.encoding import context_length, tokenize_rows
@@ -339,7 +339,7 @@ class _Reader:
             head: Forward of the output layer to use, or None for the model's own.
         """
         self._given = hidden
-        with _with_forward(self.head, head) if head else contextlib.nullcontext():
+        with replaced(self.head, forward=head) if head else contextlib.nullcontext():
             logits = self._run()
         if logits.shape[:-1] != (1, len(hidden)):
             raise ValueError(
@@ -366,23 +366,10 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _with_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Replace the forward of a module inside the context."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-@contextlib.contextmanager
 def _reading(model) -> Iterator[_Reader]:
     """Yield a reader of a model in evaluation mode without gradients. The model is restored afterwards."""
     reader = _Reader(model)
-    once = contextlib.nullcontext() if reader.body is None else _with_forward(reader.body, reader.once)
+    once = contextlib.nullcontext() if reader.body is None else replaced(reader.body, forward=reader.once)
     hook = reader.head.register_forward_pre_hook(reader.before_head)  # removed at the end of the context
     with hook, once, evaluation_mode(reader.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield reader

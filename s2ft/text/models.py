@@ -6,8 +6,8 @@ A model with towers for images or sound is loaded whole.
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +172,7 @@ def _unpacking(config):
     return config
 
 
-@contextmanager
-def _parsed_once() -> Iterator[None]:
+def _parsed_once() -> AbstractContextManager[None]:
     """Let transformers parse a GGUF file once, and make the map of names once.
 
     It parses the file for the tokenizer, the config and the weights, 3 s each, and makes the map for every module.
@@ -181,16 +180,13 @@ def _parsed_once() -> Iterator[None]:
     import gguf
 
     from s2ft.codecs import gguf_file
+    from s2ft.model.running import replaced
 
-    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    vars(gguf).update(
+    return replaced(
+        gguf,
         GGUFReader=functools.cache(gguf_file.reader_class()),
         get_tensor_name_map=functools.cache(gguf.get_tensor_name_map),
     )
-    try:
-        yield
-    finally:
-        vars(gguf).update(before)
 
 
 def _remote(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -349,15 +349,6 @@ def _labels(one: Rendered, ids: list[int], offsets: Sequence[tuple[int, int]]) -
     return labels
 
 
-def _labels_by_prefixes(tokenizer, one: Rendered, ids: list[int], cuts: Sequence[int]) -> list[int]:
-    """Labels for texts in parts, and for tokenizers that do not say where their tokens stand in the text."""
-    labels = [IGNORED] * len(ids)
-    for span in one.spans:
-        first, last = (in_common(_encode_parts(tokenizer, one.text[:position], cuts), ids) for position in span)
-        labels[first:last] = ids[first:last]
-    return labels
-
-
 def _encode_in_parts(tokenizer, one: Rendered) -> tuple[list[int], list[int]]:
     """Encode a text so that it begins with the ids of each of its prompts, also by a tokenizer without offsets."""
     cuts: list[int] = []
@@ -366,7 +357,11 @@ def _encode_in_parts(tokenizer, one: Rendered) -> tuple[list[int], list[int]]:
         if whole[: len(head)] != head:
             cuts.append(prompt)
     whole = _encode_parts(tokenizer, one.text, cuts)
-    return whole, _labels_by_prefixes(tokenizer, one, whole, cuts)
+    labels = [IGNORED] * len(whole)
+    for span in one.spans:
+        first, last = (in_common(_encode_parts(tokenizer, one.text[:position], cuts), whole) for position in span)
+        labels[first:last] = whole[first:last]
+    return whole, labels
 
 
 def _encode_parts(tokenizer, text: str, cuts: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from s2ft.distributed import is_spread
 from s2ft.files.plain_text import first_line
 from s2ft.layers import LINEAR, kind_of
-from s2ft.model.running import evaluation_mode
+from s2ft.model.running import evaluation_mode, replaced
 from s2ft.text.encoding import IGNORED
 
 SCALE = 1024.0  # a power of two: multiplying by it and back is exact
@@ -190,16 +190,10 @@ def chunked_loss(model: nn.Module, in_evaluation: bool = False) -> Iterator[Chun
         >>> torch.isclose(loss, expected)
         tensor(True)
     """
-    chunked, before = ChunkedLoss(model, in_evaluation), model.__dict__.get("_loss_function")
-    hook = model.register_forward_pre_hook(chunked.before, with_kwargs=True)
-    chunked.head.forward, model.loss_function = chunked.forward, chunked.loss
-    try:
+    chunked = ChunkedLoss(model, in_evaluation)
+    hook = model.register_forward_pre_hook(chunked.before, with_kwargs=True)  # removed at the end of the context
+    with hook, replaced(chunked.head, forward=chunked.forward), replaced(model, _loss_function=chunked.loss):
         yield chunked
-    finally:
-        hook.remove()
-        del chunked.head.forward, model._loss_function
-        if before is not None:
-            model.loss_function = before
 
 
 def loss_in_chunks(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

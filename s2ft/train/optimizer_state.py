@@ -8,6 +8,7 @@ optimizers, so an optimizer of whole parameters loads it as it is.
 # full_state_dict. They refuse a parameter that has no state yet (an expert without tokens) and fail for an optimizer
 # without states (SGD), set runs a step of the optimizer, and neither knows ZeRO, so that names and groups stayed here.
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, islice
@@ -208,7 +209,7 @@ def gather_zero_state(engine) -> dict[str, Any]:
     common = {key: value for key, value in values.items() if key not in whole}
     for number, parameter in enumerate(parameter for group in groups for parameter in group if values):
         full = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in whole}
-        state[number] = {**{key: _copy(value) for key, value in common.items()}, **full}
+        state[number] = {**{key: copy.deepcopy(value) for key, value in common.items()}, **full}
     scaler = vars(zero.loss_scaler) if hasattr(zero, "loss_scaler") else {}
     return {
         "state": state,
@@ -245,7 +246,7 @@ def load_zero_state(engine, saved: Mapping[str, Any]) -> list[int | None]:
         group.update(options_of(options))
     for flat, parameters in _parts(zero):
         base.state[flat] = {
-            key: torch.zeros_like(flat) if _is_whole(value, parameters[0]) else _copy(value)
+            key: torch.zeros_like(flat) if _is_whole(value, parameters[0]) else copy.deepcopy(value)
             for key, value in values[parameters[0]].items()
         }
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 look a state up by its parameter
@@ -280,10 +281,6 @@ def _zero_groups(zero) -> list[list[nn.Parameter]]:
 def _is_whole(value: Any, parameter: nn.Parameter) -> bool:
     """Whether a value of the state has an entry for each entry of the parameter."""
     return isinstance(value, Tensor) and value.shape == getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _set(parameter: nn.Parameter, key: str, value: Tensor) -> None:

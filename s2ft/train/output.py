@@ -23,7 +23,6 @@ from s2ft.text.evaluation import Comparison
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT, PAGE = "log.jsonl", "loss.png", "report.json", "report.html"
 LOCK = ".lock"  # a file in the folder, which the process that writes a run holds locked
-NO_LOCKS = "files in %s can't be locked here: start no second run in this folder before this one ends"
 # Options in run.json: how many groups of devices train on different rows, and how many rows an update has. In another
 # number of groups the same rows are divided in another way.
 GROUPS, ROWS = "groups_of_devices", "training.batch_size"
@@ -212,7 +211,9 @@ def only_run_in(folder: Path) -> Iterator[None]:
             "choose another folder"
         ) from None
     except (OSError, NotImplementedError):  # the file system does not support locks
-        logger.warning(NO_LOCKS, folder)
+        logger.warning(
+            "files in %s can't be locked here: start no second run in this folder before this one ends", folder
+        )
     try:
         yield
     finally:

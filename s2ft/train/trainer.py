@@ -8,7 +8,7 @@ checked before a run resumes from it, and a damaged checkpoint is skipped in fav
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,12 @@ from s2ft.attached.mounting import set_rounding
 from s2ft.attached.record import attachment_of, check_sentence_model, find_attachment, unwrapped
 from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
+from s2ft.model.running import replaced
 from s2ft.sync.trl_trainers import check_sends_slices
 from s2ft.train import optimizer_state
 from s2ft.train.output import UNFINISHED, best_checkpoint, damage, move_into_place, newest_valid, ranks_of
 
 logger = logging.getLogger(__name__)
-OTHER_RANKS = (
-    "%s was written by %d ranks and is continued on %d: the updates are the same within rounding if batch size times "
-    "accumulation times ranks is; random numbers, such as those of dropout, are new ones"
-)
 
 
 class AdapterCheckpoints:
@@ -200,7 +197,13 @@ class AdapterCheckpoints:
             super()._load_rng_state(checkpoint)
             return
         if self.args.should_log:
-            logger.warning(OTHER_RANKS, checkpoint, ranks_of(Path(checkpoint)), self.args.world_size)
+            logger.warning(
+                "%s was written by %d ranks and is continued on %d: the updates are the same within rounding if batch "
+                "size times accumulation times ranks is; random numbers, such as those of dropout, are new ones",
+                checkpoint,
+                ranks_of(Path(checkpoint)),
+                self.args.world_size,
+            )
         set_seed(self.args.seed + self.state.global_step * self.args.world_size + self.args.process_index)
 
     # ---- FSDP2 and DeepSpeed: here Trainer would also gather and write the base ---------------------------
@@ -278,14 +281,9 @@ def _optimizer_of_split_model(model: Any = None, args: Any = None, *_: Any, **op
         A context manager that yields whether checkpoints shall contain the model alone.
     """
     only_model = args is not None and args.save_only_model
-    if args is None or only_model or not _is_split(model):
+    is_refused = args is not None and not only_model and _is_split(model)
+    with replaced(args, save_only_model=True) if is_refused else nullcontext():
         yield only_model
-        return
-    args.save_only_model = True
-    try:
-        yield only_model
-    finally:
-        args.save_only_model = False
 
 
 def _saved_state(checkpoint) -> dict[str, Any] | None:

@@ -37,12 +37,7 @@ NEEDED = (
     (WORKERS, "WorkerLoRAManager._load_adapter"),
 )
 
-_installed = False
-
-
-def enabled() -> bool:
-    """Whether the layers of this process hold slices. False too if this release of vLLM can't have them."""
-    return _installed
+enabled = False  # whether the layers of this process hold slices; False too if this release of vLLM can't have them
 
 
 def install() -> None:
@@ -78,7 +73,7 @@ def _change_workers(budget: Budget) -> None:
 
     All names are looked up before the first change.
     """
-    global _installed
+    global enabled
     methods = [("vllm.lora.layers", f"{name}.{method}") for name, method in itertools.product(LAYERS, METHODS)]
     for module, attribute in (*methods, *NEEDED):
         private(module, attribute)
@@ -107,7 +102,7 @@ def _change_workers(budget: Budget) -> None:
     private("vllm.lora.utils")._all_lora_classes = made
     # lm_head stays as it is, too. Its LoRA would be computed for every token, and no adapter can have one.
     private("vllm.lora.model_manager").from_layer_logits_processor = lambda layer, *args, **options: layer
-    _installed = True
+    enabled = True
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------

@@ -384,7 +384,7 @@ def _weights(adapter: Adapter, manager: Any) -> dict[str, Any]:
                 f"and {served[1]} in the served model"
             )
         rank = sum(delta.index.numel() for delta in deltas)
-        if not layers.enabled() and rank > config.max_lora_rank:
+        if not layers.enabled and rank > config.max_lora_rank:
             units = sum(adapter.selection[name].numel() for name in names)
             enough = next((one for one in private("vllm.config.lora", "MaxLoRARanks").__args__ if one >= rank), None)
             raise ValueError(
@@ -419,7 +419,7 @@ def _factors(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) ->
     dim = deltas[0].dim
     values = torch.cat([delta.values.to(dtype) for delta in deltas], dim).contiguous()
     index = torch.cat([delta.index for delta in deltas])
-    if layers.enabled():
+    if layers.enabled:
         return encode(index, dim), values if dim == 0 else values.t().contiguous()
     one_hot = torch.zeros(index.numel(), whole[dim], dtype=dtype)
     one_hot.scatter_(1, index[:, None], 1)

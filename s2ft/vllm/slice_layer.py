@@ -101,13 +101,6 @@ def is_slices(a: Any) -> bool:
     return isinstance(a, Tensor) and a.dim() == 1 and a.dtype == torch.int64
 
 
-def parts_of(a: Any, b: Any) -> list[Part]:
-    """Return the factors of each projection of a layer, None where the adapter has none."""
-    if isinstance(a, Tensor):
-        return [(a, b)]
-    return [None if one is None else (one, other) for one, other in zip(a, b)]
-
-
 def with_slices(base: type, budget: Budget) -> type:
     """Derive a class that holds slices from one of vLLM's LoRA layers.
 
@@ -222,7 +215,9 @@ class SliceLayer:
             lora_a: What stands for factor A, see :func:`encode`, of one projection or of each that is fused.
             lora_b: The rows of values.
         """
-        parts = parts_of(lora_a, lora_b)
+        if isinstance(lora_a, Tensor):
+            lora_a, lora_b = [lora_a], [lora_b]
+        parts: list[Part] = [None if one is None else (one, other) for one, other in zip(lora_a, lora_b)]
         if not all(part is None or is_slices(part[0]) for part in parts):
             # vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can.
             for bank in self.banks:

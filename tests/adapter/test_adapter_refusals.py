@@ -76,10 +76,6 @@ def load(change=lambda adapter: None, **options):
     return call
 
 
-def unit_twice(adapter):
-    adapter.deltas[DOWN].index[1] = adapter.deltas[DOWN].index[0]
-
-
 def on_top(**options):
     return lambda model, saved, new: s2ft.attach(model, S2FTConfig(**options), name="c", on_top=True)
 
@@ -140,7 +136,11 @@ REFUSED = {
     "another base": (other_base, load(), "1 of 3 layers"),
     "another family": (lambda: llama("qwen3"), load(), "another"),
     "another size": (lambda: llama("llama-odd"), load(), "another model"),
-    "a unit twice": (llama, load(unit_twice), "index"),
+    "a unit twice": (
+        llama,
+        load(lambda adapter: adapter.deltas[DOWN].index[1:2].copy_(adapter.deltas[DOWN].index[:1])),
+        "index",
+    ),
     "another selection": (
         lambda: trained(seed=1),
         lambda model, saved, new: restore_adapter(model, saved),

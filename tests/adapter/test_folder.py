@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 from support.inside import (
     PENDING,
     AdapterFolderCONFIG as CONFIG,
@@ -13,7 +12,7 @@ from support.inside import (
     stamp_of,
 )
 from support.models import fit, model_of
-from support.states import with_adapter
+from support.states import assert_same_adapters, with_adapter
 
 import s2ft
 from s2ft import S2FTConfig, Selection
@@ -32,9 +31,7 @@ def adapters():
 def is_either(found, adapters):
     """Check that `found` equals one of the adapters, bit for bit. Returns the position of that adapter."""
     place = [one.name for one in adapters].index(found.name)
-    expected = adapters[place]
-    assert all(torch.equal(found.deltas[path].values, delta.values) for path, delta in expected.deltas.items())
-    assert found.selection == expected.selection
+    assert_same_adapters(found, adapters[place])
     return place
 
 

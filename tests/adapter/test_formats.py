@@ -156,7 +156,6 @@ def test_the_ranks_of_modules(options, spread, tmp_path):
 
 
 def test_a_rank_too_large_for_vllm_is_reported(tmp_path):
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 600), nn.ReLU(), nn.Linear(600, 4))
     mlp = s2ft.Coupling.ffn(0, up="0", down="2", channels=600)
     s2ft.attach(net, S2FTConfig(u_ratio=0.9, d_ratio=0.01), couplings=[mlp], example=torch.randn(2, 4))

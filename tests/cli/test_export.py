@@ -8,7 +8,7 @@ import torch
 from support.commands import s2ft_command
 from support.convert_hf_to_gguf import convert
 from support.inside import load_model, lora, native
-from train.tiny import ASK, OTHER, save_random_adapter, save_tiny, tiny_tokenizer, with_merges
+from train.tiny import ASK, OTHER, base_of, save_random_adapter, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from s2ft import read_adapter
@@ -65,23 +65,19 @@ TRAINED = {"form": "chat", "template": OTHER, "system": 'Say "yes".\n'}
 PROMPT = '<|endoftext|>system\nSay "yes".\n<|im_end|>\n<|endoftext|>user\n2+3?<|im_end|>\n<|endoftext|>assistant\n'
 
 
-@pytest.fixture(scope="module", params=["without", "another", "gguf"])
-def prompted(request, work, tmp_path_factory):
-    """A base without a chat template, with another one, or in a GGUF file, and an adapter that records TRAINED."""
-    folder = tmp_path_factory.mktemp(request.param)
-    base = base_of(folder / "model")
-    if request.param == "without":
+@pytest.mark.parametrize("kind", ["without", "another", "gguf"])
+def test_other_programs_get_the_prompt_of_the_training(kind, tmp_path, capsys, caplog):
+    """The template is the adapter's, not the base's, and its system prompt is the default.
+
+    The base has no chat template, another one, or is a GGUF file.
+    """
+    base, adapter = base_of(tmp_path / "model"), tmp_path / "adapter"
+    if kind == "without":
         (base / "chat_template.jinja").unlink()
-    if request.param == "gguf":
-        base = convert(base, folder / "model.gguf")
-    make_adapter(base, folder / "adapter", prompt=TRAINED)
-    return base, folder / "adapter"
-
-
-def test_other_programs_get_the_prompt_of_the_training(prompted, tmp_path, capsys, caplog):
-    """The template is the adapter's, not the base's, and its system prompt is the default."""
+    if kind == "gguf":
+        base = convert(base, tmp_path / "model.gguf")
+    make_adapter(base, adapter, prompt=TRAINED)
     caplog.set_level("INFO")
-    base, adapter = prompted
     assert s2ft_command("export", adapter, "--model", base, "--format", "merged", "--output", tmp_path / "out") == 0
     _, tokenizer = load_model(str(tmp_path / "out"))
     assert tokenizer.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True) == PROMPT
@@ -107,13 +103,6 @@ def test_an_adapter_of_plain_text_leaves_the_template_of_the_base(work, tmp_path
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tiny_tokenizer().chat_template
     assert s2ft_command("export", tmp_path / "adapter", "--model", work / "model", "--output", tmp_path / "lora") == 0
     assert not (tmp_path / "lora/chat_template.jinja").exists()
-
-
-def base_of(folder):
-    """A base whose tokenizer a GGUF file can hold."""
-    save_tiny(folder)
-    with_merges().save_pretrained(folder)
-    return folder
 
 
 # ---- info ----------------------------------------------------------------------------------------------

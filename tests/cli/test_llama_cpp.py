@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.test_export import base_of, make_adapter
+from cli.test_export import make_adapter
 from support import convert_hf_to_gguf
 from support.commands import s2ft_command
 from support.inside import VARIABLE, PromptFormat, find_tools, gguf, load_model, modelfile
+from train.tiny import base_of
 from transformers import AutoModelForCausalLM
 
 import s2ft

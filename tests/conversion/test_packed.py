@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.convert_hf_to_gguf import convert
 from support.inside import SUFFIX, Change, GgufFile, Kept, export_packed, load_model, patch, state, undo
-from train.tiny import save_random_adapter, save_tiny, with_merges
+from train.tiny import base_of, save_random_adapter
 
 import s2ft
 
@@ -19,9 +19,7 @@ RATIOS = {f"{key}_ratio": 0.5 for key in "qkvoug"} | {"d_ratio": 0.5, "group": 3
 
 
 def make_base(folder, kind, seed=0, **changes):
-    save_tiny(folder / "checkpoint", seed=seed, **changes)
-    with_merges().save_pretrained(folder / "checkpoint")
-    return convert(folder / "checkpoint", folder / "model.gguf", kind)
+    return convert(base_of(folder / "checkpoint", seed=seed, **changes), folder / "model.gguf", kind)
 
 
 def make_adapter(file, folder, std=0.02, **config):
@@ -30,14 +28,6 @@ def make_adapter(file, folder, std=0.02, **config):
         config["o_ratio"] = 1.0  # heads of 8 in groups of 32
     save_random_adapter(folder, load_model(str(file), "bfloat16")[0], std, folder.name, **config)
     return folder
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def world(request, tmp_path_factory):
-    """A base and an adapter."""
-    folder = tmp_path_factory.mktemp(request.param)
-    base = make_base(folder, request.param, **KINDS[request.param])
-    return base, make_adapter(base, folder / "math")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +54,10 @@ def weights(path):
 # ---- a new file ------------------------------------------------------------------------------------------------
 
 
-def test_only_the_units_of_the_adapter_change_and_they_come_nearer(world, tmp_path):
-    base, folder = world
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_units_of_the_adapter_change_and_they_come_nearer(kind, tmp_path):
+    base = make_base(tmp_path, kind, **KINDS[kind])
+    folder = make_adapter(base, tmp_path / "math")
     said = export_packed(str(base), folder, tmp_path / "tuned.gguf")
     assert said.startswith(f"{tmp_path / 'tuned.gguf'}: ") and "no other byte of a weight" in said
     before, after, adapter = weights(base), weights(tmp_path / "tuned.gguf"), s2ft.read_adapter(folder)

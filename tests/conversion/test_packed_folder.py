@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.inside import export_packed, load_model, packed_base, tuned_weights
 from support.packed_folders import compress, to_nf4
 from support.states import with_adapter
-from train.tiny import save_tiny, with_merges
+from train.tiny import base_of
 from transformers import AutoModelForCausalLM
 
 import s2ft
@@ -43,9 +43,7 @@ FORMATS = {
 
 
 def make_base(folder, form, **options):
-    save_tiny(folder / "checkpoint", **WIDE)
-    with_merges().save_pretrained(folder / "checkpoint")
-    return FORMATS[form](folder / "checkpoint", folder / "base", **options)
+    return FORMATS[form](base_of(folder / "checkpoint", **WIDE), folder / "base", **options)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -157,14 +155,9 @@ def test_bad_input_leaves_nothing(int8, tmp_path, mistake, words):
             model.model.layers[0].mlp.down_proj.weight.data += 1
             s2ft.attach(model, S2FTConfig(d_ratio=1.0, codec="auto"))
         s2ft.save_adapter(trained(int8), tmp_path / "adapter")
-        other = compress if mistake == "another base" else None
-        save_tiny(tmp_path / "other", seed=1, **WIDE)
-        with_merges().save_pretrained(tmp_path / "other")
-        base = (
-            other(tmp_path / "other", tmp_path / "base", num_bits=8, type="int", strategy="channel")
-            if other
-            else tmp_path / "other"
-        )
+        base = base_of(tmp_path / "other", seed=1, **WIDE)
+        if mistake == "another base":
+            base = FORMATS["int8"](base, tmp_path / "base")
         export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
     assert not (tmp_path / "tuned").exists()
 

@@ -22,8 +22,8 @@ from support.inside import (
 )
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from support.pairs import rest_slow
-from support.states import flip, randomize, same, tensors_of, with_adapter
-from train.tiny import save_tiny, tiny_tokenizer
+from support.states import flip, same, tensors_of
+from train.tiny import save_random_adapter, save_tiny, tiny_tokenizer
 
 import s2ft
 
@@ -53,8 +53,8 @@ def without_values(model, dtype):
 def both_ways(model, folder, dtype=torch.float32, max_shard_size=None, **config):
     """Merge an adapter of a model in memory and from the disk, into folder/memory and folder/disk."""
     model.save_pretrained(folder / "base", max_shard_size=max_shard_size or "50GB")
-    base = randomize(with_adapter(type(model).from_pretrained(folder / "base", dtype=dtype), s2ft.S2FTConfig(**config)))
-    s2ft.save_adapter(base, folder / "adapter")
+    base = type(model).from_pretrained(folder / "base", dtype=dtype)
+    save_random_adapter(folder / "adapter", base, 0.05, **config)
     s2ft.merge(base).save_pretrained(folder / "memory", max_shard_size=max_shard_size or "50GB")
     hollow = without_values(model, dtype)
     weights = StoredWeights(hollow, open_checkpoint(folder / "base"))
@@ -101,9 +101,7 @@ def work(tmp_path_factory):
     """A base with a tokenizer and an adapter for it."""
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model")
-    model, _ = load_model(str(work / "model"))
-    randomize(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.25)))
-    s2ft.save_adapter(model, work / "adapter")
+    model = save_random_adapter(work / "adapter", load_model(str(work / "model"))[0], d_ratio=0.2, o_ratio=0.25)
     s2ft.merge(model).save_pretrained(work / "expected")
     return work
 

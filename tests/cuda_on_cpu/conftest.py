@@ -23,6 +23,10 @@ def pointer(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def pointers(tensors):
+    return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors)) if tensors else None
+
+
 def along(tensor, dim):
     """The numbers of the struct Along (csrc/core/along.h) for a tensor, as csrc/move.h computes them."""
     last, rank = tensor.dim() - 1, tensor.dim()
@@ -49,10 +53,6 @@ class Runner:
 
     def write_slices(self, *slices):
         """Each is (weight, base, delta, units, dim); units is the start of a slice or an index tensor."""
-
-        def pointers(tensors):
-            return (ctypes.c_void_p * len(slices))(*map(pointer, tensors))
-
         weights, bases, deltas, units, dims = zip(*slices)
         indices = [index if isinstance(index, torch.Tensor) else None for index in units]
         numbers = [
@@ -96,9 +96,6 @@ class Runner:
         )
 
     def scatter_add(self, weight, index, delta, dim, alpha, replaced=()):
-        def pointers(tensors):
-            return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors)) if tensors else None
-
         def alongs(tensors):
             numbers = [number for values in tensors for number in along(values, dim)]
             return (ctypes.c_int64 * len(numbers))(*numbers)

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from ops.cases import TRUTH
 from support.inside import ACTIVATIONS, reference, reference_backward
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -16,28 +17,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 BOUND = 2.5 * 2.0**-23
 # A smaller result may be 0. The instructions have no subnormal results, and e^-x overflows where PyTorch's does.
 LEAST = 2.0**-120
-
-
-def silu(g):
-    return g * torch.sigmoid(g), torch.sigmoid(g) * (1 + g * torch.sigmoid(-g))
-
-
-def gelu(g):
-    cdf = 0.5 * torch.erfc(-g / math.sqrt(2))
-    return g * cdf, cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
-
-
-def gelu_tanh(g):
-    u = 2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)
-    slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * g * g)
-    return g * torch.sigmoid(u), torch.sigmoid(u) * (1 + g * torch.sigmoid(-u) * slope)
-
-
-def relu(g):
-    return torch.where(g > 0, g, 0.0), torch.where(g > 0, 1.0, 0.0).double()
-
-
-TRUTH = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 
 
 def steps(a, b):

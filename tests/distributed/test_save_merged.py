@@ -3,10 +3,10 @@
 from unittest import mock
 
 import pytest
-from conversion.test_streamed import check_equal, randomize
+from conversion.test_streamed import check_equal
 from runs import base_on, sharded
 from support.models import ALL_RATIOS, model_of, ratios_for
-from support.states import with_adapter
+from train.tiny import save_random_adapter
 
 import s2ft
 
@@ -35,8 +35,8 @@ def prepare(case, layout, folder):
     model_of(case).save_pretrained(folder / "base")
     model = type(model_of(case)).from_pretrained(folder / "base")
     for name, seed in (("a", 1), ("b", 2)):
-        config = s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, seed=seed)
-        s2ft.save_adapter(randomize(with_adapter(model, config, name)), folder / name)
+        ratios = ratios_for(case, ALL_RATIOS)
+        save_random_adapter(folder / name, model, 0.05, name, **ratios, layout=layout, seed=seed)
         s2ft.detach(model)
     s2ft.merge(with_adapters(model, folder)).save_pretrained(folder / "expected")
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conversion.test_streamed import randomize
 from runs import base_on, run_on
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
 from support.inside import EngineError, SliceSender
 from support.models import ALL_RATIOS, model_of, ratios_for
-from support.states import with_adapter, with_loaded
+from support.states import with_loaded
+from train.tiny import save_random_adapter
 
 import s2ft
 
@@ -47,8 +47,7 @@ def prepare(case, layout, folder):
 
     model = model_of(case)
     model.save_pretrained(folder / "base")
-    randomize(with_adapter(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout)))
-    s2ft.save_adapter(model, folder / "adapter")
+    save_random_adapter(folder / "adapter", model, 0.05, **ratios_for(case, ALL_RATIOS), layout=layout)
     torch.save(TrainedSlices.of(model).buffer(), folder / "expected.pt")
     s2ft.merge(model).save_pretrained(folder / "merged")
 

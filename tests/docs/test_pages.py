@@ -14,12 +14,8 @@ from support.inside import FAMILIES, composite
 from .blocks import ROOT
 
 
-@pytest.fixture(scope="module")
-def commands():
-    return command_pages.page()
-
-
-def test_every_command_has_its_options(commands):
+def test_every_command_has_its_options():
+    commands = command_pages.page()
     for name in command_pages.main.COMMANDS:
         section = commands.partition(f"\n## s2ft {name}\n")[2].partition("\n## ")[0]
         shown = [action for action in command_pages.parser_of(name)._actions if command_pages.shown(action)]

@@ -5,7 +5,7 @@ from pathlib import Path
 from support.convert_hf_to_gguf import convert
 from support.encoders import save_encoder
 from support.images import qwen2_5_vl
-from train.tiny import save_tiny, sums, with_merges, write_jsonl
+from train.tiny import base_of, sums, write_jsonl
 from transformers.utils import is_torchvision_available
 
 SHAPE = dict(
@@ -24,9 +24,7 @@ def fill(folder: Path) -> Path:
     - chats.jsonl: 8 conversations
     - preferences.jsonl, problems.jsonl: 8 pairs of answers, and 8 questions with answers; trl-preferences.jsonl: texts
     """
-    save_tiny(folder / "path/to/model", **SHAPE)
-    with_merges().save_pretrained(folder / "path/to/model")
-    convert(folder / "path/to/model", folder / "model.gguf", "q4_1")
+    convert(base_of(folder / "path/to/model", **SHAPE), folder / "model.gguf", "q4_1")
     save_encoder(folder / "path/to/encoder")
     if is_torchvision_available():  # the processor needs it
         for part in qwen2_5_vl():

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from support.inside import load_model
 from support.pairs import rest_slow
 
+import s2ft
 from bench.experiments import __main__ as command, comparison
 from bench.experiments.runner import ExperimentRun, Results
 
@@ -20,24 +22,14 @@ def test_a_smoke_run_of_every_recipe(name, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / f"{name}-smoke.jsonl").read_text().splitlines()]
     assert lines and all(line["status"] == "done" and line["rows"] for line in lines)
     if name == "commonsense":
-        check_commonsense([line["rows"][0] for line in lines], tmp_path)
+        assert all(line["rows"][0]["best_step"] in (1, 2) and len(line["rows"][0]["tests"]) == 8 for line in lines)
+        answers = next(tmp_path.glob("runs/lora*/answers/boolq.jsonl")).read_text().splitlines()
+        assert [json.loads(line) for line in answers][0].keys() == {"question", "generated", "right"}
+        model, _ = load_model(str(tmp_path / "smoke" / "model"))
+        s2ft.load_adapter(model, str(next(tmp_path.glob("runs/s2ft*/adapter"))))  # what was trained can be used
+        assert next(tmp_path.glob("runs/lora*/adapter/adapter_model.safetensors")).is_file()
     assert command.main([name, "--smoke", "--workers", "0", "--output", str(tmp_path)]) == 0  # nothing is made again
     assert len((tmp_path / f"{name}-smoke.jsonl").read_text().splitlines()) == len(lines)
-
-
-def check_commonsense(rows, folder):
-    from support.inside import load_model
-
-    import s2ft
-
-    assert all(row["best_step"] in (1, 2) and len(row["tests"]) == 8 for row in rows)
-    answers = [
-        json.loads(line) for line in next(folder.glob("runs/lora*/answers/boolq.jsonl")).read_text().splitlines()
-    ]
-    assert answers[0].keys() == {"question", "generated", "right"}
-    model, _ = load_model(str(folder / "smoke" / "model"))
-    s2ft.load_adapter(model, str(next(folder.glob("runs/s2ft*/adapter"))))  # what was trained can be used
-    assert next(folder.glob("runs/lora*/adapter/adapter_model.safetensors")).is_file()
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------

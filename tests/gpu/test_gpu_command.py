@@ -1,6 +1,5 @@
 """The command of bench/gpu: limits of time, the report, and acceptance lines that can fail."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,13 +9,11 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import check_gpu
 import pytest
 from gpu_report import FAILED, NOT_RUN, PASSED, GpuReport, GpuStage, acceptance
 from kernel_driver import SCHEDULES, build_for_cpu, runs_on_cpu
 from limited import LEAST, Done, run_limited
-
-RUN = Path(__file__).parents[2] / "bench" / "gpu" / "check_gpu.py"
-
 
 # ---- limits of time ------------------------------------------------------------------------------------
 
@@ -103,25 +100,15 @@ def test_the_report_is_written_after_each_stage(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
-@pytest.fixture(scope="module")
-def gpu_run():
-    """The module bench/gpu/check_gpu.py."""
-    spec = importlib.util.spec_from_file_location("gpu_run", RUN)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_run"] = module  # for its dataclasses
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def command(gpu_run, monkeypatch, capsys):
+def command(monkeypatch, capsys):
     """Runs the command. Returns its exit status and what it printed."""
 
     def run(*options):
-        monkeypatch.setattr(sys, "argv", [str(RUN), *options])
-        monkeypatch.setattr(gpu_run.signal, "signal", Mock())
+        monkeypatch.setattr(sys, "argv", ["check_gpu.py", *options])
+        monkeypatch.setattr(check_gpu.signal, "signal", Mock())
         with pytest.raises(SystemExit) as leave:
-            gpu_run.main()
+            check_gpu.main()
         return leave.value.code, "".join(capsys.readouterr())
 
     return run
@@ -146,8 +133,8 @@ def test_the_command_ends_within_its_limit_and_names_what_did_not_run(command, t
 # ---- the kernel driver ---------------------------------------------------------------------------------
 
 
-def test_the_tests_of_a_gpu_are_found_by_their_mark(gpu_run):
-    files = gpu_run.cuda_test_files()
+def test_the_tests_of_a_gpu_are_found_by_their_mark():
+    files = check_gpu.cuda_test_files()
     assert "tests/gpu/test_graphs.py" in files and "tests/ops/test_linear.py" in files
 
 

@@ -6,16 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gpu import DEVICES, Layer, check_frozen, frozen, small_model
-from support.inside import _linear
+from support.gpu import DEVICES, Layer, check_frozen, frozen, reference, small_model
 
 from s2ft.ops import scatter_add_, sliced_linear, swap_
 
 LONG = 50_000  # clock cycles for which a stream is kept busy, so that the other one can overtake it
-
-
-def reference(x, weight, delta, start, dim):
-    return _linear.reference(x, weight, delta, None, start, dim, None, None)
 
 
 @pytest.mark.cuda

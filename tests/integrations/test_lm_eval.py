@@ -57,12 +57,6 @@ def work(tmp_path_factory):
     return work
 
 
-def loaded(work):
-    from support.inside import load_with_adapter
-
-    return load_with_adapter(str(work / "base"), str(work / "adapter"))
-
-
 def responses(results):
     return {name: [sample["resps"] for sample in samples] for name, samples in results["samples"].items()}
 
@@ -71,9 +65,9 @@ def test_an_adapter_gives_the_numbers_of_the_merged_model(work, tasks):
     """Every log-probability and every generated text is equal, and the weights are restored bit for bit."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
-    from support.inside import as_json, as_table, evaluate
+    from support.inside import as_json, as_table, evaluate, load_with_adapter
 
-    model, prompter = loaded(work)
+    model, prompter = load_with_adapter(str(work / "base"), str(work / "adapter"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = ["s2ft_choose", "s2ft_write"]
     ours = evaluate(model, prompter, ["s2ft_*"], batch_size=3, include_path=str(tasks), log_samples=True)

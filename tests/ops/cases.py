@@ -1,5 +1,6 @@
 """One table of calls of the ops, on which the tests of every op run."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -314,3 +315,28 @@ OTHER = {
        for shape, dim in (*MOVED_DIMS, ((3, 200, 5), 1), ((2, 66_000), 1)) for share in (0.03, 0.06, 0.3, 0.9, 1)},
 }  # fmt: skip
 ALL = {**SMALL, **OTHER}
+
+
+# ---- the activations in float64: a value and its slope, without cancellation ------------------------------------------
+
+
+def silu(g):
+    return g * torch.sigmoid(g), torch.sigmoid(g) * (1 + g * torch.sigmoid(-g))
+
+
+def gelu(g):
+    cdf = 0.5 * torch.erfc(-g / math.sqrt(2))
+    return g * cdf, cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
+
+
+def gelu_tanh(g):
+    u = 2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)
+    slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * g * g)
+    return g * torch.sigmoid(u), torch.sigmoid(u) * (1 + g * torch.sigmoid(-u) * slope)
+
+
+def relu(g):
+    return torch.where(g > 0, g, 0.0), torch.where(g > 0, 1.0, 0.0).double()
+
+
+TRUTH = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}

@@ -7,23 +7,12 @@ import torch
 from ops.cases import ALL, DIFFERENTIABLE, DTYPES, LINEAR, REGISTERED, SMALL, TRAINED, upstream_of
 from support.gpu import DEVICES
 from support.slices import bytes_kept
-from support.tolerances import GEMM
+from support.tolerances import assert_close
 from support.waits import References
 
 
 def named(table):
     return pytest.mark.parametrize("name", table)
-
-
-def assert_close(ours, theirs, dtype, exact=0):
-    """The first `exact` tensors have the same bits."""
-    rtol, atol = GEMM[dtype]
-    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        if i < exact:
-            assert one.dtype == other.dtype and torch.equal(one, other)
-        else:
-            scale = max(1.0, other.abs().max().item()) if other.numel() else 1.0
-            torch.testing.assert_close(one, other, rtol=rtol, atol=atol * scale)
 
 
 def made(name, every_delta=True):

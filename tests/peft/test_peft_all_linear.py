@@ -6,16 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.models import model_of, output_of
-from support.peft_modules import Router, layers_of
+from support.peft_modules import Router, injected, layers_of
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import HubertConfig, HubertForCTC
 
 from s2ft.peft import S2FTPeftConfig
-
-
-def injected(model, **config):
-    return get_peft_model(model, S2FTPeftConfig(**config, init_weights=False)).eval()
 
 
 def names_of(model):
@@ -76,7 +72,6 @@ def test_a_family_that_is_declared_later_does_not_change_an_adapter():
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
         self.embed = nn.Embedding(11, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
@@ -147,7 +142,6 @@ def test_all_linear_leaves_out_layers_that_never_run():
 def test_all_linear_leaves_out_a_head_that_peft_cannot_save(tmp_path):
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, vocab_size=9)
     front = dict(conv_dim=(8,), conv_stride=(2,), conv_kernel=(4,), num_conv_pos_embedding_groups=2)
-    torch.manual_seed(0)
     base = HubertForCTC(HubertConfig(**sizes, **front, num_conv_pos_embeddings=4))
     with pytest.warns(UserWarning, match="that is a head"):
         model = injected(copy.deepcopy(base), target_modules="all-linear", ratio=0.5)

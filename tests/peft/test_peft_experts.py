@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from support.inside import S2FTPeftExperts
 from support.models import model_of, output_of, train
+from support.peft_modules import injected
 from support.states import with_adapter
 from support.tolerances import LOGITS, relative_difference
 
@@ -13,12 +14,6 @@ from s2ft.peft import S2FTPeftConfig, to_native
 
 CASES = ("mixtral", "qwen3-moe")
 BOTH = dict(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ratio=0.2)
-
-
-def peft_of(case, name="default", seed=0, **config):
-    config = config or BOTH
-    settings = S2FTPeftConfig(**config, seed=seed, init_weights=False)
-    return get_peft_model(model_of(case), settings, name, autocast_adapter_dtype=False).eval()
 
 
 def experts_of(model):
@@ -46,7 +41,7 @@ def test_experts_of_no_known_family(monkeypatch):
     base = model_of("mixtral")
     monkeypatch.setattr("s2ft.peft.native_adapter.is_known", lambda model: False)
     for dim in (None, "outputs"):
-        model = peft_of("mixtral", target_parameters=["experts.down_proj"], ratio=0.25, dim=dim)
+        model = injected(model_of("mixtral"), target_parameters=["experts.down_proj"], ratio=0.25, dim=dim)
         (layer, *_) = experts_of(model).values()
         assert layer.dims == {"down_proj": 0 if dim else 1}
         output = output_of(model)
@@ -55,7 +50,9 @@ def test_experts_of_no_known_family(monkeypatch):
 
 
 def test_a_ratio_for_modules_does_not_touch_experts():
-    model = peft_of("qwen3-moe", target_modules=["o_proj"], ratio=0.5)
+    model = injected(model_of("qwen3-moe"), target_modules=["o_proj"], ratio=0.5)
     assert not experts_of(model)
-    model = peft_of("qwen3-moe", target_modules=["o_proj"], target_parameters=["experts.down_proj"], ratio=0.5)
+    model = injected(
+        model_of("qwen3-moe"), target_modules=["o_proj"], target_parameters=["experts.down_proj"], ratio=0.5
+    )
     assert experts_of(model) and any("o_proj" in name for name in model.peft_config["default"].units)

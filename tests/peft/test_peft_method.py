@@ -170,11 +170,6 @@ def loads(change):
     return call
 
 
-def of_other_units(tensors):
-    """The shapes are equal, so without a check the wrong channels would change."""
-    tensors.update(get_peft_model_state_dict(peft_of(seed=1)))
-
-
 def adds_up(*arguments):
     return lambda model: model.add_weighted_adapter(*arguments)
 
@@ -241,7 +236,12 @@ REFUSED = {
         name: (lambda case=case: model_of(case), lambda model, fields=fields: injects(model, **fields), message)
         for name, (fields, case, message) in UNFIT.items()
     },
-    "other units": (two_of, loads(of_other_units), "other units"),
+    # the shapes are equal, so without a check the wrong channels would change
+    "other units": (
+        two_of,
+        loads(lambda tensors: tensors.update(get_peft_model_state_dict(peft_of(seed=1)))),
+        "other units",
+    ),
     "a weight is missing": (two_of, loads(lambda tensors: tensors.popitem()), "is missing"),
     "a weight too much": (
         two_of,

@@ -158,16 +158,9 @@ def test_an_adapter_of_a_quantized_base_loads_on_the_dequantized_one(tmp_path):
 
 
 def test_quantized_weights_that_pass_no_gradient_are_refused_for_training():
-    pytest.importorskip("bitsandbytes")
-    torchao = pytest.importorskip("torchao.quantization")
-    from support.quantized import plain
+    from support.quantized import dynamic
 
-    model = plain()
-    torchao.quantize_(
-        model,
-        torchao.Int8DynamicActivationInt8WeightConfig(),
-        lambda module, path: path.endswith("layers.1.self_attn.o_proj"),
-    )
+    model = dynamic("Int8DynamicActivationInt8WeightConfig")
     with pytest.raises(ValueError, match="layers.1.self_attn.o_proj .* passes no gradient"):
         get_peft_model(model, S2FTPeftConfig(d_ratio=0.1))
     get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, inference_mode=True))

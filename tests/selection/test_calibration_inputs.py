@@ -168,12 +168,6 @@ def test_gradient_scores_equal_those_of_one_sequence_at_a_time(name, checkpointi
     assert not any(value.requires_grad for batch in batches for value in batch.values())
 
 
-def test_rows_that_belong_to_no_sequence_are_refused():
-    batch = {**text(8), "position_ids": torch.arange(8).expand(2, 8), "labels": tokens(3, 8)}
-    with pytest.raises(ValueError, match="position_ids has 2 rows for 3 sequences.*batches of one sequence"):
-        scores_of(model_of("bert"), "gradient", [batch])
-
-
 def test_a_batch_may_be_only_the_main_input():
     for case, value in (("vit", pixels(2)), ("clip-vision", pixels(2)), ("bert", tokens(2, 7))):
         model = model_of(case)
@@ -229,24 +223,7 @@ MLP = Coupling("ffn", 0, (Projection("u", "up", 10, 1, 0),), Projection("d", "do
 ROWS, GRID, SCALE = torch.randn(4, 6), torch.randn(2, 5, 6), torch.rand(4, 10)
 
 
-@pytest.mark.parametrize(
-    "make, batches, plain",
-    (
-        (Perceptron, [ROWS], [(ROWS,)]),
-        (Perceptron, [GRID], [(GRID,)]),
-        (Perceptron, [GRID] * 2, [(GRID,)]),
-        (Perceptron, [{"x": GRID, "attention_mask": mask_of((5, 2), 5)}], [(GRID[:1],), (GRID[1:, :2],)]),
-        (Perceptron, [(ROWS, SCALE)], [(ROWS, SCALE)]),
-        (Perceptron, [{"scale": SCALE, "x": ROWS}], [(ROWS, SCALE)]),
-        (Perceptron, DataLoader(TensorDataset(ROWS, SCALE), batch_size=3), [(ROWS, SCALE)]),
-        (Convolutional, [pixels(3)], [(pixels(3),)]),
-    ),
-)
-def test_any_module(make, batches, plain):
-    model = make().eval()
-    expected = reference.scores(model, "activation", plain, couplings=[MLP])
-    assert_scores(scores_of(model, "activation", batches, [MLP]), expected)
-    assert s2ft.select(model, S2FTConfig(d_ratio=0.2, selection="product"), batches, couplings=[MLP])
+LABELLED = [{"x": ROWS, "labels": torch.tensor([2, 0, 1, 1])}]
 
 
 class Scored(Perceptron):
@@ -256,8 +233,23 @@ class Scored(Perceptron):
         return {"loss": nn.functional.cross_entropy(super().forward(x), labels)}
 
 
-def test_any_module_with_a_loss():
-    model, batches = Scored(), [{"x": ROWS, "labels": torch.tensor([2, 0, 1, 1])}]
-    expected = reference.scores(model, "gradient", batches, couplings=[MLP])
-    assert_scores(scores_of(model, "gradient", batches, [MLP]), expected)
-    assert scores_of(model, "activation", batches, [MLP])  # its forward requires labels
+@pytest.mark.parametrize(
+    "make, batches, plain, metric",
+    (
+        (Perceptron, [ROWS], [(ROWS,)], "activation"),
+        (Perceptron, [GRID], [(GRID,)], "activation"),
+        (Perceptron, [GRID] * 2, [(GRID,)], "activation"),
+        (Perceptron, [{"x": GRID, "attention_mask": mask_of((5, 2), 5)}], [(GRID[:1],), (GRID[1:, :2],)], "activation"),
+        (Perceptron, [(ROWS, SCALE)], [(ROWS, SCALE)], "activation"),
+        (Perceptron, [{"scale": SCALE, "x": ROWS}], [(ROWS, SCALE)], "activation"),
+        (Perceptron, DataLoader(TensorDataset(ROWS, SCALE), batch_size=3), [(ROWS, SCALE)], "activation"),
+        (Convolutional, [pixels(3)], [(pixels(3),)], "activation"),
+        (Scored, LABELLED, LABELLED, "gradient"),
+    ),
+)
+def test_any_module(make, batches, plain, metric):
+    """The forward of Scored requires the labels, also where only activations are measured."""
+    model = make().eval()
+    expected = reference.scores(model, metric, plain, couplings=[MLP])
+    assert_scores(scores_of(model, metric, batches, [MLP]), expected)
+    assert s2ft.select(model, S2FTConfig(d_ratio=0.2, selection="product"), batches, couplings=[MLP])

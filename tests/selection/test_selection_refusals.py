@@ -89,6 +89,13 @@ PLAIN = [  # case, options, arguments, key word
         dict(calibration=[{"input_ids": tokens(2, 8), "labels": tokens(2, 8) * 0 - 100}]),
         "label",
     ),
+    (
+        "bert",
+        dict(d_ratio=0.1, selection="gradient"),
+        dict(calibration=[{**text(8), "position_ids": torch.arange(8).expand(2, 8), "labels": tokens(3, 8)}]),
+        "position_ids has 2 rows for 3 sequences, and the gradient is taken of one sequence at a time: give batches of one "
+        "sequence",
+    ),
 ]
 
 
@@ -173,11 +180,6 @@ def test_the_error_for_statistics_that_are_not_finite_names_the_projection(metri
             [batch_of(model)] if metric in CALIBRATED else None,
         )
     assert [module.training for module in model.model.layers] == [True, False, True]
-
-
-def test_weights_that_have_no_values_are_not_scored():
-    with pytest.raises(ValueError, match="meta"):
-        s2ft.attach(model_of("llama").to("meta"), S2FTConfig(d_ratio=0.1), protect=[tokens(1, 4)])
 
 
 MODULE = [  # a batch of a model that is not from transformers, and a key word

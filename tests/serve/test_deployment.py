@@ -28,12 +28,13 @@ def test_the_image_gets_the_files_that_the_build_needs():
     assert extras in project["optional-dependencies"]
 
 
-def command_lines():
-    yield from re.findall(r"command: >-\n\s+(.*)", (ROOT / "examples/serve/compose.yaml").read_text())
-    yield from re.findall(r"(?m)^Exec\w+=\S+/s2ft (.*)", (ROOT / "examples/serve/s2ft.service").read_text())
+LINES = [
+    *re.findall(r"command: >-\n\s+(.*)", (ROOT / "examples/serve/compose.yaml").read_text()),
+    *re.findall(r"(?m)^Exec\w+=\S+/s2ft (.*)", (ROOT / "examples/serve/s2ft.service").read_text()),
+]
 
 
-@pytest.mark.parametrize("line", list(command_lines()))
+@pytest.mark.parametrize("line", LINES)
 def test_the_options_of_the_examples_exist(line):
     command, *arguments = shlex.split(line)
     (job,), _ = parse(command, "", [ServeArguments], arguments)

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from support.inside import SliceSpec, hashes_of
+
 HIDDEN, HEADS, KEYS, SIZE, CHANNELS, VOCABULARY = 16, 4, 2, 4, 24, 30
 SHAPES = {
     "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
@@ -31,6 +33,16 @@ def checkpoint(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, T
     """Random tensors of all names."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def specs_of(tensors: dict[str, Tensor], index: dict[str, tuple[int, list[int]]]) -> list[SliceSpec]:
+    """The slices at these positions of weights, each along a dimension."""
+    found = []
+    for name, (dim, positions) in index.items():
+        units = torch.tensor(positions)
+        hashes = hashes_of(tensors[name].index_select(dim, units), dim)
+        found.append(SliceSpec(name, tuple(tensors[name].shape), dim, units, hashes))
+    return found
 
 
 class Engine(nn.Module):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import s2ft
+from support.inside import _linear
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 DOWN_PROJ = (4096, 14336)  # outputs and inputs of LLaMA-3-8B's
@@ -71,3 +72,8 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 def check_frozen(model: nn.Module, before: dict[str, Tensor]) -> None:
     now = dict(model.named_parameters())
     assert before and all(torch.equal(bits(now[name]), old) for name, old in before.items())
+
+
+def reference(x: Tensor, weight: Tensor, delta: Tensor, start: int, dim: int) -> Tensor:
+    """sliced_linear by operators of PyTorch."""
+    return _linear.reference(x, weight, delta, None, start, dim, None, None)

@@ -1,10 +1,11 @@
 """Modules outside any family that PEFT can adapt by their names."""
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from s2ft.peft import S2FTPeftLayer
+from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
 
 MODULES = {  # a module and an input
     "linear": lambda: (nn.Linear(9, 11), torch.randn(4, 3, 9)),
@@ -36,3 +37,8 @@ class Router(nn.Linear):
 def layers_of(model):
     """The layers that s2ft trains in a PEFT model, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, S2FTPeftLayer)}
+
+
+def injected(model: nn.Module, **config) -> PeftModel:
+    """The model in PEFT, with slices that change its output."""
+    return get_peft_model(model, S2FTPeftConfig(**config, init_weights=False)).eval()

@@ -12,18 +12,12 @@ from support.states import randomize, with_adapter
 from support.tolerances import relative_difference
 
 
-def without_caches(model: nn.Module) -> nn.Module:
-    """Turn off the caches of keys and values. Returns the model."""
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
-    return model
-
-
 def plain_model(case: str, layers: int | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model in training mode without caches, with its first `layers` layers."""
-    model = without_caches(model_of(case, dtype))
+    model = model_of(case, dtype)
     for module in list(model.modules()):
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
         if isinstance(module, nn.ModuleList) and layers:
             del module[layers:]
     if layers:

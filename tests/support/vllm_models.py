@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 import s2ft
 from support.states import randomize, with_adapter
@@ -40,6 +40,16 @@ class Served:
         model = type_of(self.base).from_pretrained(self.base, dtype=dtype)
         s2ft.load_adapter(model, self.adapters / name)
         return s2ft.merge(model)
+
+
+SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+ALL = dict(d_ratio=0.05, u_ratio=0.03, g_ratio=0.03, q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
+
+
+def phi3() -> tuple[Phi3ForCausalLM, dict]:
+    """A model with query, key and value in one weight of the checkpoint, and gate and up in another; ratios for it."""
+    config = Phi3Config(**SHAPE, num_key_value_heads=2, vocab_size=512, max_position_embeddings=1024, pad_token_id=0)
+    return Phi3ForCausalLM(config), ALL
 
 
 def type_of(folder: Path):

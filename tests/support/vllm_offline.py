@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from support.sources import ROOT
+from support.vllm_models import TOKENS
 
-TOKENS = 24
 OPTIONS = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -45,6 +45,8 @@ def offline(
     environment: Mapping[str, str] | None = None,
     scores: bool = False,
     compiled: bool = False,
+    added: bool = True,
+    missing: Sequence[str] = (),
 ) -> tuple[list[list[list] | str], str]:
     """Answer batches greedily with `vllm.LLM`.
 
@@ -55,6 +57,8 @@ def offline(
         environment: More variables.
         scores: Return the log-probabilities of each prompt's tokens from the second on, in place of answers.
         compiled: Trace the model with torch.compile, which vLLM's CPU backend switches off for LoRA.
+        added: Add an adapter before its first batch. Else the first request that names it does.
+        missing: A module of vLLM and a name in it that s2ft needs, which is taken for missing.
 
     Returns:
         The token ids of each batch, or the error as a text, and all that the engine printed.
@@ -64,6 +68,8 @@ def offline(
         "options": {**OPTIONS, **(options or {})},
         "scores": scores,
         "compiled": compiled,
+        "added": added,
+        "missing": missing,
         "batches": [[(folder and str(folder), list(prompt)) for folder, prompt in batch] for batch in batches],
     }
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -94,10 +100,14 @@ def compile_with_lora() -> None:
 
 
 def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if job["missing"]:
+        from support.inside import loading
+
+        loading.NEEDED += (tuple(job["missing"]),)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    job = json.loads(Path(sys.argv[1]).read_text())
     if job["compiled"]:
         compile_with_lora()
     engine = LLM(job["model"], **job["options"])
@@ -110,7 +120,8 @@ def main() -> None:
             for folder in (folder for folder, _ in batch if folder):
                 if folder not in known:
                     request = LoRARequest(Path(folder).name, len(known) + 1, folder)
-                    engine.llm_engine.add_lora(request)
+                    if job["added"]:
+                        engine.llm_engine.add_lora(request)
                     known[folder] = request
             found = engine.generate(
                 [{"prompt_token_ids": prompt} for _, prompt in batch],

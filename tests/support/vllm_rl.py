@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from support.vllm_transfer import load, parameters, run_program, same
+from support.vllm_transfer import engine, load, parameters, run_program, same
 
 RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.01, d_ratio=0.03)
 
@@ -77,14 +77,6 @@ def has_merged(llm, model) -> bool:
     tied = merged.config.tie_word_embeddings
     load(llm, {name: one for name, one in merged.state_dict().items() if not (tied and "lm_head" in name)})
     return same(before, parameters(llm))
-
-
-def engine(folder, dtype="float32", **options):
-    """vLLM's LLM of a base, for slices."""
-    from vllm import LLM
-
-    fixed = dict(max_model_len=256, enforce_eager=True, max_num_seqs=4, max_num_batched_tokens=256)
-    return LLM(folder, dtype=dtype, weight_transfer_config={"backend": "s2ft"}, **{**fixed, **options})
 
 
 def syncs(folder, form="permuted", dtype="float32", served="", steps="50", workers="1"):

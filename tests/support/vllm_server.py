@@ -17,10 +17,10 @@ from typing import Any
 
 from support.ranks import free_port
 from support.sources import ROOT
+from support.vllm_models import TOKENS
 
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 START = 540  # seconds; a busy machine takes up to two minutes
-TOKENS = 24  # of an answer
 
 
 @dataclass

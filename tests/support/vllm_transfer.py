@@ -50,13 +50,13 @@ def run_program(file, *words, **environment: str) -> str:
 # ---- in the process --------------------------------------------------------------------------------------
 
 
-def engine(served, dtype="float32", **options):
-    """Make vLLM's LLM of the base."""
+def engine(folder, dtype="float32", **options):
+    """Make vLLM's LLM of a base, for slices."""
     from vllm import LLM
 
     fixed = dict(max_model_len=256, enforce_eager=True, max_num_seqs=4, max_num_batched_tokens=256)
     backend = {"weight_transfer_config": {"backend": "s2ft"}, "skip_tokenizer_init": True}
-    return LLM(str(served.base), dtype=dtype, **{**fixed, **backend, **options})
+    return LLM(str(folder), dtype=dtype, **{**fixed, **backend, **options})
 
 
 def tokens(llm, count=24):
@@ -154,7 +154,7 @@ def exact(served, dtype="float32", size="1", lora="") -> None:
 
     kind = getattr(torch, dtype)
     options = {"enable_lora": True, "max_lora_rank": 16} if lora else {}
-    llm = engine(served, dtype, tensor_parallel_size=int(size), **options)
+    llm = engine(served.base, dtype, tensor_parallel_size=int(size), **options)
     before, first = parameters(llm), tokens(llm)
     assert dtype != "float32" or first == served.answers["base"]
     for name in ("down-o", "wide", "other"):
@@ -176,7 +176,7 @@ def exact(served, dtype="float32", size="1", lora="") -> None:
 
 def bad_input(served) -> None:
     """Each bad message is refused, and the weights are as before."""
-    llm = engine(served)
+    llm = engine(served.base)
     before = parameters(llm)
     specs, numbers = slices_of(served, "down-o")
     good = dict(sender="a", step=1, tensor=numbers)
@@ -223,29 +223,24 @@ def packed(served) -> None:
 
     s2ft.vllm.transfer._leave_unpacked = lambda: None
     s2ft.vllm.transfer.install()
-    llm = engine(served)
+    llm = engine(served.base)
     with refused("the CPU backend of this engine has packed its weights: start it with the weight transfer backend"):
         init(llm, slices_of(served, "down-o")[0])
     assert tokens(llm) == served.answers["base"]
 
 
-def expert_slices(served):
-    """The specs of what an adapter of experts would send."""
+def experts(served) -> None:
+    """The CPU backend packs experts: slices of theirs are refused by name, those of attention are written."""
     import s2ft
     from support.inside import TrainedSlices
     from support.vllm_models import type_of
 
+    llm = engine(served.base)
+    before = parameters(llm)
     model = type_of(served.base).from_pretrained(served.base, dtype=torch.float32)
     s2ft.load_adapter(model, served.adapters / "experts", trainable=True)
-    return TrainedSlices.of(model, torch.float32).specs
-
-
-def experts(served) -> None:
-    """The CPU backend packs experts: slices of theirs are refused by name, those of attention are written."""
-    llm = engine(served)
-    before = parameters(llm)
     with refused("packs the weights of experts, so that nothing can be written into them"):
-        init(llm, expert_slices(served))
+        init(llm, TrainedSlices.of(model, torch.float32).specs)
     assert same(parameters(llm), before) and tokens(llm) == served.answers["base"]
     specs, numbers = slices_of(served, "attention")
     init(llm, specs)
@@ -259,14 +254,14 @@ def not_chosen(served) -> None:
     """An engine without the backend packs its weights as ever."""
     from support.inside import is_packed
 
-    llm = engine(served, weight_transfer_config=None)
+    llm = engine(served.base, weight_transfer_config=None)
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
     assert sum(is_packed(module) for module in model.modules()) == 4 * 4 + 2  # with lm_head and the embedding
 
 
 def dropped(served) -> None:
     """Weights that were dropped, as by sleep mode of level 2, are noticed; after a reload the run goes on."""
-    llm = engine(served)
+    llm = engine(served.base)
     before = parameters(llm)
     specs, numbers = slices_of(served, "down-o")
     init(llm, specs)
@@ -293,7 +288,7 @@ def paused(served) -> None:
 
     from support.vllm_models import PROMPTS
 
-    llm = engine(served)
+    llm = engine(served.base)
     specs, numbers = slices_of(served, "down-o")
     init(llm, specs)
     core = llm.llm_engine.engine_core

@@ -74,7 +74,6 @@ def wide(layout, dtype=torch.float32):
     """A model whose d slices [256, 32] are above that limit and whose u slices [4, 256] are below."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    torch.manual_seed(0)
     return with_adapter(
         AutoModelForCausalLM.from_config(
             LlamaConfig(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.engines import HIDDEN, Engine, checkpoint, engines
+from support.engines import HIDDEN, Engine, checkpoint, engines, specs_of
 from support.inside import NoPlace, SliceSpec, check_base, hashes_of, parts_of, places, regions
 from torch import nn
 
@@ -24,20 +24,11 @@ INDEX = {  # positions of each weight's slice: some, runs, all, the ends
 }
 
 
-def specs_of(tensors, index=INDEX):
-    found = []
-    for name, (dim, positions) in index.items():
-        positions = torch.tensor(positions)
-        hashes = hashes_of(tensors[name].index_select(dim, positions), dim)
-        found.append(SliceSpec(name, tuple(tensors[name].shape), dim, positions, hashes))
-    return found
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_written_slices_are_the_merged_weights_and_the_base_returns(size, dtype):
     base, other = checkpoint(dtype), checkpoint(dtype, seed=1)
-    specs = specs_of(base)
+    specs = specs_of(base, INDEX)
     merged = {name: tensor.clone() for name, tensor in base.items()}
     for spec in specs:
         merged[spec.name].index_copy_(spec.dim, spec.index, other[spec.name].index_select(spec.dim, spec.index))
@@ -57,7 +48,7 @@ def test_written_slices_are_the_merged_weights_and_the_base_returns(size, dtype)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_base_of_all_ranks_together_is_compared(size):
     base = checkpoint()
-    specs = specs_of(base)
+    specs = specs_of(base, INDEX)
 
     def parts():
         found = []
@@ -72,7 +63,7 @@ def test_the_base_of_all_ranks_together_is_compared(size):
 
 
 def test_parts_that_no_rank_holds_or_that_differ_are_noticed():
-    specs, pair = specs_of(checkpoint()), engines(2)
+    specs, pair = specs_of(checkpoint(), INDEX), engines(2)
     first, other = (parts_of(places(one.load_weights, one, specs, torch.float32), specs) for one in pair)
     with pytest.raises(NoPlace, match="model.embed_tokens.weight: this engine has no place for all of it"):
         check_base(first, specs)
@@ -85,7 +76,7 @@ def test_parts_that_no_rank_holds_or_that_differ_are_noticed():
 
 def test_a_stage_without_a_weight_has_no_place_and_the_other_has_it():
     base = checkpoint()
-    specs = specs_of(base)
+    specs = specs_of(base, INDEX)
     parts = []
     for stage in (0, 1):
         engine = Engine(stage=stage)
@@ -190,7 +181,7 @@ def test_views_and_copies_of_the_same_numbers_are_followed(kind):
 
 def test_weights_of_another_dtype():
     engine = engines(1)[0]
-    specs = specs_of(checkpoint(torch.bfloat16))
+    specs = specs_of(checkpoint(torch.bfloat16), INDEX)
     with pytest.raises(NoPlace, match="is float32 in this engine, and the slices are sent as bfloat16"):
         places(engine.load_weights, engine, specs, torch.bfloat16)
     packed = Odd(lambda model, tensor: model.weight.data.copy_(tensor))

@@ -36,3 +36,8 @@ def sentence_piece(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {"bytes": tiny_tokenizer, "merging": merging, "SentencePiece": sentence_piece}
+
+
+def trained_text(tokenizer: PreTrainedTokenizerFast, labels: list[int]) -> str:
+    """The text of the tokens that have a label."""
+    return tokenizer.decode([label for label in labels if label >= 0])

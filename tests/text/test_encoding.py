@@ -15,7 +15,7 @@ from support.inside import (
     prompt_format,
     tokenize_rows,
 )
-from text.merging_tokenizers import TOKENIZERS
+from text.merging_tokenizers import TOKENIZERS, trained_text
 from train.tiny import CHAT, MARKED, tiny_model, tiny_tokenizer, write_jsonl
 
 QUESTION, ANSWER = {"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}
@@ -55,10 +55,6 @@ def rows_of_trl(rows, tokenizer, tmp_path, **options):
     return [{name: row[name] for name in ("input_ids", "labels")} for row in trainer.train_dataset]
 
 
-def trained(tokenizer, row):
-    return tokenizer.decode([label for label in row["labels"] if label >= 0])
-
-
 def test_100_chats_have_the_assistant_mask_of_trl(tmp_path):
     rows = [{"messages": chat} for chat in chats()]
     expected = rows_of_trl(rows, tiny_tokenizer(MARKED), tmp_path, assistant_only_loss=True)
@@ -81,7 +77,7 @@ def test_texts_are_those_of_trl(tmp_path, row, options):
 def test_message_lists_are_those_of_trl(tmp_path):
     expected = rows_of_trl([LISTS], tiny_tokenizer(MARKED), tmp_path, assistant_only_loss=True)
     assert list(tokens([LISTS], tiny_tokenizer(MARKED)).dataset) == expected
-    assert trained(tiny_tokenizer(), expected[0]) == "5<|im_end|>"
+    assert trained_text(tiny_tokenizer(), expected[0]["labels"]) == "5<|im_end|>"
     whole = rows_of_trl([LISTS], tiny_tokenizer(MARKED), tmp_path, completion_only_loss=False)
     assert list(tokens([LISTS], tiny_tokenizer(MARKED), loss_on="all", completion_only=False).dataset) == whole
 
@@ -94,7 +90,7 @@ def test_prompt_of_a_text_row_is_that_of_generation(kind):
     (row,) = tokens([PAIR], tokenizer, "text").dataset
     prompt = encode_prompt(tokenizer, PAIR["prompt"])
     assert row["input_ids"][: len(prompt)] == prompt and set(row["labels"][: len(prompt)]) == {-100}
-    assert trained(tokenizer, row).strip() == "The sum is 5<|im_end|>"
+    assert trained_text(tokenizer, row["labels"]).strip() == "The sum is 5<|im_end|>"
 
 
 def answered(question, answer="4"):
@@ -103,11 +99,11 @@ def answered(question, answer="4"):
 
 def test_loss_on_the_last_answer_only_or_on_everything():
     tokenizer, rows = tiny_tokenizer(), [{"messages": [QUESTION, ANSWER, QUESTION, {**ANSWER, "content": "6"}]}]
-    assert trained(tokenizer, tokens(rows, loss_on="last").dataset[0]) == "6<|im_end|>"
-    assert trained(tokenizer, tokens(rows).dataset[0]) == "5<|im_end|>6<|im_end|>"
+    assert trained_text(tokenizer, tokens(rows, loss_on="last").dataset[0]["labels"]) == "6<|im_end|>"
+    assert trained_text(tokenizer, tokens(rows).dataset[0]["labels"]) == "5<|im_end|>6<|im_end|>"
     plain = [{"prompt": "2+3=", "completion": "5"}]  # in a chat template, and nothing of its prompt is learned
-    assert trained(tokenizer, tokens(plain, loss_on="all").dataset[0]).endswith("5<|im_end|>")
-    assert "2+3" not in trained(tokenizer, tokens(plain, loss_on="all").dataset[0])
+    assert trained_text(tokenizer, tokens(plain, loss_on="all").dataset[0]["labels"]).endswith("5<|im_end|>")
+    assert "2+3" not in trained_text(tokenizer, tokens(plain, loss_on="all").dataset[0]["labels"])
     whole = tokens(rows, loss_on="all")
     count = len(whole.dataset[0]["input_ids"])
     assert f"{count - 1} of them in the loss" in str(whole)  # nothing predicts the first token
@@ -120,7 +116,7 @@ def test_system_prompt_is_added_where_a_row_has_none():
     found = tokenize_rows(dataset, tokenizer, PromptFormat("chat", CHAT, "Be brief."), max_length=999).dataset
     texts = [tokenizer.decode(row["input_ids"]) for row in found]
     assert [text.count("system\nBe brief.") for text in texts] == [1, 0, 1]
-    assert [trained(tokenizer, row) for row in found] == ["5<|im_end|>"] * 3
+    assert [trained_text(tokenizer, row["labels"]) for row in found] == ["5<|im_end|>"] * 3
 
 
 def test_long_chats_are_left_out_or_cut_where_something_is_left_to_learn():
@@ -130,7 +126,7 @@ def test_long_chats_are_left_out_or_cut_where_something_is_left_to_learn():
     assert len(tokenized.dataset) == 1 and "2 too long rows left out" in str(tokenized)
     tokenized = tokens(rows[1:], max_length=120, too_long="cut")
     (row,) = tokenized.dataset
-    assert len(row["input_ids"]) == 120 and "d" * 20 in trained(tiny_tokenizer(), row)
+    assert len(row["input_ids"]) == 120 and "d" * 20 in trained_text(tiny_tokenizer(), row["labels"])
     assert tokenized.outcomes == {RowOutcome.CUT: 1, RowOutcome.LONG_PROMPT: 1}
     assert tokens(rows[:1], max_length=len(tokens(rows[:1]).dataset[0]["input_ids"])).outcomes == {RowOutcome.KEPT: 1}
 
@@ -156,7 +152,7 @@ def test_rows_that_the_template_refuses_are_named_and_can_be_left_out(tmp_path):
 def test_template_with_another_prompt_before_an_answer_is_said(caplog):
     thought = "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
     tokenized = tokens([answered("a")], tiny_tokenizer(CHAT + thought), loss_on="last")
-    assert trained(tiny_tokenizer(), tokenized.dataset[0]) == "4<|im_end|>" and not caplog.text
+    assert trained_text(tiny_tokenizer(), tokenized.dataset[0]["labels"]) == "4<|im_end|>" and not caplog.text
     assert tokens([answered("a")], tiny_tokenizer(MARKED + thought)).outcomes == {RowOutcome.OTHER_PROMPT: 1}
     assert "another prompt" in caplog.text and "1 of 1 rows" in caplog.text
 

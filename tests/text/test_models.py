@@ -6,11 +6,10 @@ from unittest.mock import Mock
 import gguf
 import pytest
 import torch
-from cli.test_export import base_of
 from support.convert_hf_to_gguf import convert
 from support.images import MODELS
 from support.inside import load_model, locate, reader_class
-from train.tiny import save_tiny
+from train.tiny import base_of, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, RwkvConfig
 
 

@@ -17,7 +17,7 @@ from support.inside import (
     render_chat,
     template_of,
 )
-from text.merging_tokenizers import TOKENIZERS
+from text.merging_tokenizers import TOKENIZERS, trained_text
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from train.tiny import CHAT, assistant, tiny_tokenizer
@@ -55,10 +55,6 @@ TEMPLATES = {**STABLE, "thinking": THINKING, "rewriting": REWRITING}
 def encoded(tokenizer, *messages, loss_on="assistant"):
     """Ids and labels of a chat."""
     return encode_rendered(tokenizer, [render_chat(tokenizer, messages, template_of(tokenizer), loss_on=loss_on)])[0]
-
-
-def trained_text(tokenizer, labels):
-    return tokenizer.decode([label for label in labels if label >= 0])
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -114,7 +114,6 @@ WINDOW = dict(
     ids=["mistral", "gemma3_text"],
 )
 def test_layers_with_a_window_use_only_their_window(config):
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = RunningBatch(model)
     rows = [greedy_row([n % 60 for n in range(3, 3 + length)]) for length in (4, 17, 9)]
@@ -156,7 +155,6 @@ SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, **UNTIED}
     ids=["lfm2", "mamba", "deepseek-v3.2"],
 )
 def test_a_model_whose_cache_has_more_than_keys_and_values_runs_its_rows_alone(config):
-    torch.manual_seed(0)
     model, row = AutoModelForCausalLM.from_config(config).eval(), greedy_row([3, 4, 5])
     for parameter in model.parameters():
         parameter.data.normal_(std=0.5)  # smaller weights repeat tokens

@@ -34,7 +34,6 @@ CONFIGS = {
 def model_of(name, dtype=torch.float32):
     if name == "full attention":
         return tiny_model(dtype=dtype)
-    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
 
 

@@ -81,6 +81,13 @@ def save_tiny(folder, **changes):
     return folder
 
 
+def base_of(folder, **changes):
+    """Write a checkpoint folder whose tokenizer a GGUF file can hold."""
+    save_tiny(folder, **changes)
+    with_merges().save_pretrained(folder)
+    return folder
+
+
 def save_random_adapter(folder, model, std: float = 0.1, name: str = "default", info: dict | None = None, **config):
     """Attach to the model, give the slices random values and save the adapter. Returns the model."""
     randomize(with_adapter(model, s2ft.S2FTConfig(**config), name=name), config.get("seed", 1), std)

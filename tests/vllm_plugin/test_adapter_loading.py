@@ -11,9 +11,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support.inside import Location, MissingInVLLM, compatibility, loading, lora_of, native, private, when_imported
-from support.states import randomize, with_adapter
 from support.vllm_models import tiny_llama
 from support.vllm_modules import MODULES, Layer, PPMissingLayer, Request, engine_of, fake_modules
+from train.tiny import save_random_adapter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import s2ft
@@ -28,8 +28,7 @@ def small_llama(seed=1, **changes):
 
 def saved_adapter(model, folder, **ratios):
     """Attach, fill and save an adapter of a model, which is detached again."""
-    randomize(with_adapter(model, s2ft.S2FTConfig(**(ratios or RATIOS)), name="a"), 3, 0.02)
-    s2ft.save_adapter(model, folder)
+    save_random_adapter(folder, model, 0.02, "a", **(ratios or RATIOS))
     s2ft.detach(model)
 
 
@@ -134,13 +133,9 @@ def test_another_base_is_refused(folder, tmp_path):
     """One number of one weight that the adapter does not even change makes another base, as does another depth."""
     other = small_llama()
     other.model.layers[1].mlp.gate_proj.weight.data[3, 5] += 1e-3
-    saved_adapter(other, tmp_path, o_ratio=0.25)
-    part = small_llama()
-    part.model.layers = part.model.layers[:1]
-    part.config.num_hidden_layers = 1
     for model, word in (
         (other, "1 of 2 layers differ, the first is layer 1"),
-        (part, "1 layers against this model's 2"),
+        (small_llama(num_hidden_layers=1), "1 layers against this model's 2"),
     ):
         saved_adapter(model, tmp_path, o_ratio=0.25)
         with pytest.raises(ValueError, match=f"another base than the served one: {word}"):
@@ -212,7 +207,6 @@ def test_a_base_without_readable_files_is_compared_by_its_live_layers(folder, tm
 
 def test_a_checkpoint_with_other_names_is_read_as_transformers_reads_it(tmp_path):
     """The checkpoint of GPT-2 has no prefix, and its weights are stored as [inputs, outputs]."""
-    torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=32, vocab_size=99)).eval()
     model.transformer.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())

@@ -1,42 +1,25 @@
 """S²FT adapters in vLLM: the tokens of transformers with merged weights, however an adapter is named, and refusals."""
 
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from support.inside import native
 from support.states import flip, with_loaded
-from support.vllm_models import ADAPTERS, PROMPTS, TOKENS, save_adapters, tiny_llama
-from support.vllm_server import ROOT, vllm_server
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
+from support.vllm_models import ADAPTERS, ALL, PROMPTS, SHAPE, phi3, save_adapters, tiny_llama
+from support.vllm_offline import offline
+from support.vllm_server import vllm_server
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import s2ft
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 LORA = ["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "4", "--max-lora-rank", "256"]
-SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-
-
-def damaged(folder, to):
-    """Copy an adapter and change one number of it."""
-    shutil.copytree(folder, to)
-    flip(to / native.TENSORS, -5)
-    return to
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +31,12 @@ def refused(served, tmp_path_factory):
     save_adapters(other, made / "other", {"another": dict(d_ratio=0.03)})
     adapter = s2ft.read_adapter(served.adapters / "wide")
     native.write(replace(adapter, extra_weights={"model.norm.weight": torch.ones(256)}), made / "extra")
+    shutil.copytree(served.adapters / "wide", made / "damaged")
+    flip(made / "damaged" / native.TENSORS, -5)  # one number is another
     (made / "foreign").mkdir()
     (made / "foreign" / "adapter_config.json").write_text("{}")
     return {
-        "damaged": (damaged(served.adapters / "wide", made / "damaged"), "must be ascending|is damaged|sha256 differs"),
+        "damaged": (made / "damaged", "must be ascending|is damaged|sha256 differs"),
         "another": (made / "other" / "adapters" / "another", "another base than the served one: 1 of 4 layers differ"),
         "extra": (made / "extra", "model.norm.weight trained in full.*export the model merged"),
         "foreign": (made / "foreign", ""),
@@ -101,57 +86,37 @@ def test_names_in_requests_loading_by_hand_and_refusals(served, refused, tmp_pat
 # ---- offline -------------------------------------------------------------------------------------------------
 
 
-def offline(base, tmp_path, steps, in_process=True, missing=None, prompts=PROMPTS, **options):
-    """Answers of `LLM(...)` in a process of its own, see support/vllm_steps.py. Returns them and what it printed."""
-    asked = dict(base=str(base), options=options, steps=steps, prompts=prompts, tokens=TOKENS, missing=missing)
-    (tmp_path / "asked").write_text(json.dumps(asked, default=str))
-    program = Path(ROOT) / "tests" / "support" / "vllm_steps.py"
-    done = subprocess.run(
-        [sys.executable, program, tmp_path / "asked", tmp_path / "answers"],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process)),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return json.loads((tmp_path / "answers").read_text()), done.stdout
-
-
-def step(served, *names):
-    return [[name, str(served.adapters / name)] for name in names]
+def asked(*adapters):
+    """A batch of all prompts to each of these adapters, and to the base for None."""
+    return [(adapter, prompt) for adapter in adapters for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("in_process", [True, False])
 def test_offline_three_adapters_in_one_batch_and_refusals_that_the_engine_survives(
     served, refused, tmp_path, in_process
 ):
-    bad = [[name, str(refused[name][0])] for name in ("damaged", "another")]
-    steps = [bad[0], bad[1], step(served, *ADAPTERS), None]
-    answers, _ = offline(served.base, tmp_path, steps, in_process, max_loras=3, max_lora_rank=256)
+    alone = [asked(refused[name][0]) for name in ("damaged", "another")]
+    batches = [*alone, asked(*(served.adapters / name for name in ADAPTERS)), asked(None)]
+    processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process))}
+    answers, _ = offline(served.base, batches, dict(max_loras=3, max_lora_rank=256), processes, added=False)
     assert "damaged" in answers[0] and "another base than the served one" in answers[1]
     assert answers[2] == [row for name in ADAPTERS for row in served.answers[name]]
     assert answers[3] == served.answers["base"]
 
 
-def test_offline_limits_name_the_option(served, tmp_path):
-    answers, _ = offline(served.base, tmp_path, [*step(served, "wide", "down-o")], max_lora_rank=32)
+def test_offline_limits_name_the_option(served):
+    wide, small = (asked(served.adapters / name) for name in ("wide", "down-o"))
+    answers, _ = offline(served.base, [wide, small], dict(max_lora_rank=32), added=False)
     assert "--max-lora-rank is 32: set it to 64 or more" in answers[0] and answers[1] == served.answers["down-o"]
-    answers, _ = offline(
-        served.base, tmp_path, [*step(served, "down-o")], max_lora_rank=256, lora_target_modules=["o_proj"]
-    )
+    options = dict(max_lora_rank=256, lora_target_modules=["o_proj"])
+    answers, _ = offline(served.base, [small], options, added=False)
     assert "--lora-target-modules is o_proj. Add down_proj" in answers[0]
 
 
 def test_a_release_without_a_name_says_so_and_serves_exported_adapters(served, tmp_path):
     s2ft.export_lora(with_loaded(tiny_llama(), served.adapters / "wide"), tmp_path / "exported")
-    steps = [["exported", str(tmp_path / "exported")], None]
-    missing = ["vllm.lora.utils", "a_name_of_another_release"]
-    answers, printed = offline(served.base, tmp_path, steps, missing=missing, max_lora_rank=256)
+    batches, missing = [asked(tmp_path / "exported"), asked(None)], ["vllm.lora.utils", "a_name_of_another_release"]
+    answers, printed = offline(served.base, batches, dict(max_lora_rank=256), added=False, missing=missing)
     assert answers == [served.answers["wide"], served.answers["base"]]
     assert "S²FT adapters are not available in this vLLM" in printed
     assert "has no vllm.lora.utils.a_name_of_another_release" in printed and "s2ft export --format lora" in printed
@@ -165,34 +130,30 @@ def saved(model, tmp_path, **ratios):
 
 
 def test_several_projections_in_one_weight(tmp_path):
-    torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(**SHAPE, vocab_size=512, max_position_embeddings=1024, pad_token_id=0))
-    ratios = dict(d_ratio=0.05, u_ratio=0.03, g_ratio=0.03, q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
+    model, ratios = phi3()
     phi = saved(model, tmp_path, **ratios)
-    answers, _ = offline(phi.base, tmp_path, [*step(phi, "a"), None], max_lora_rank=256)
+    answers, _ = offline(phi.base, [asked(phi.adapters / "a"), asked(None)], dict(max_lora_rank=256), added=False)
     assert answers == [phi.answers["a"], phi.answers["base"]]
 
 
 def test_the_language_model_of_a_vision_model(tmp_path):
     """Its names differ three times: in transformers, in the checkpoint, and in vLLM."""
-    torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    text = dict(SHAPE, vocab_size=512, max_position_embeddings=1024, rope_parameters=rope)
+    text = dict(GROUPED, vocab_size=512, max_position_embeddings=1024, rope_parameters=rope)
     vision = dict(depth=2, embed_dim=64, hidden_size=128, num_heads=2, mlp_ratio=2)
     tokens = dict(vision_start_token_id=501, vision_end_token_id=502, vision_token_id=503, image_token_id=504)
     config = Qwen2VLConfig(text_config=text, vision_config=vision, video_token_id=505, **tokens)
-    ratios = dict(d_ratio=0.05, u_ratio=0.03, g_ratio=0.03, q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
-    vlm = saved(Qwen2VLForConditionalGeneration(config), tmp_path, **ratios)
+    vlm = saved(Qwen2VLForConditionalGeneration(config), tmp_path, **ALL)
     assert all("language_model" in name for name in s2ft.read_adapter(vlm.adapters / "a").deltas)
-    answers, _ = offline(vlm.base, tmp_path, [*step(vlm, "a"), None], max_lora_rank=256, language_model_only=True)
+    options = dict(max_lora_rank=256, language_model_only=True)
+    answers, _ = offline(vlm.base, [asked(vlm.adapters / "a"), asked(None)], options, added=False)
     assert answers == [vlm.answers["a"], vlm.answers["base"]]
 
 
 def test_experts_are_refused(tmp_path):
     """vLLM's experts beside LoRA need a GPU: nothing of a mixture is run here."""
-    torch.manual_seed(0)
-    config = MixtralConfig(**SHAPE, vocab_size=512, max_position_embeddings=1024, num_local_experts=4)
+    config = MixtralConfig(**GROUPED, vocab_size=512, max_position_embeddings=1024, num_local_experts=4)
     mixture = saved(MixtralForCausalLM(config), tmp_path, o_ratio=0.25, d_ratio=0.1)
-    targets = ["o_proj", "qkv_proj"]
-    answers, _ = offline(mixture.base, tmp_path, step(mixture, "a"), max_lora_rank=256, lora_target_modules=targets)
+    options = dict(max_lora_rank=256, lora_target_modules=["o_proj", "qkv_proj"])
+    answers, _ = offline(mixture.base, [asked(mixture.adapters / "a")], options, added=False)
     assert "is the weight of experts, which are not served as adapters: export the model merged" in answers[0]

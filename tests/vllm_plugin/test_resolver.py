@@ -31,7 +31,8 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=SimpleNamespace(VLLM_USE_MODELSCOPE=False)))
+    envs = SimpleNamespace(VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, VLLM_USE_MODELSCOPE=False)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs))
 
 
 def found(name, adapters, hub=()):
@@ -99,8 +100,6 @@ def vllm_modules(monkeypatch):
         resolver.SERVING: dict(OpenAIServingModels=OpenAIServingModels, create_error_response=create_error_response),
     }
     fake_modules(monkeypatch, modules)
-    envs = SimpleNamespace(VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, VLLM_USE_MODELSCOPE=False)
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs))
     return registry, OpenAIServingModels
 
 

@@ -22,6 +22,7 @@ from support.inside import (
 from support.pairs import pairs
 from support.tolerances import GEMM
 from support.vllm_layers import QKV, Column, Linear, LoRALayer, Punica, Row, lora_config
+from support.vllm_modules import PPMissingLayer
 from torch import nn
 
 # ---- banks -----------------------------------------------------------------------------------------------
@@ -86,7 +87,6 @@ BATCHES = {
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("name, dtype, many", pairs(BATCHES, DTYPES, (3, 1000)), ids=str)
 def test_every_token_gets_its_adapter(name, dim, dtype, many, device):
-    torch.manual_seed(0)
     slots = BATCHES[name]
     bank, x, y, expected = case(dim, dtype, device, slots)
     before = y.clone()
@@ -336,7 +336,7 @@ def test_nothing_changes_without_the_option(changes, monkeypatch):
     for value in ("", "0"):
         monkeypatch.setenv(layers.SWITCH, value)
         layers.install()
-    assert not changes and not layers.enabled()
+    assert not changes and not layers.enabled
 
 
 def test_a_release_of_vllm_that_lacks_a_name(changes, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_release_of_vllm_that_lacks_a_name(changes, monkeypatch):
     for _, change in changes:
         with pytest.raises(MissingInVLLM, match="s2ft export"):
             change()
-    assert not layers.enabled()
+    assert not layers.enabled
 
 
 def test_compiled_models_are_kept_apart(monkeypatch):
@@ -365,20 +365,16 @@ def test_compiled_models_are_kept_apart(monkeypatch):
 # ---- adapters as vLLM has them -----------------------------------------------------------------------------
 
 
-class Missing(nn.Module):
-    """A module that another rank of pipeline parallelism has."""
-
-
 @pytest.fixture
 def manager(monkeypatch):
     """vLLM's manager of a model with two layers on this rank, and one on another."""
-    monkeypatch.setattr("s2ft.vllm.layers.private", lambda module, attribute: Missing)
+    monkeypatch.setattr("s2ft.vllm.layers.private", lambda module, attribute: PPMissingLayer)
     wrapped = {
         "layers.0.qkv_proj": Model("query, key and value", 1).layers[0],
         "layers.0.proj": Model("row", 1).layers[0],
     }
     model = nn.Module()
-    model.layers = nn.ModuleDict({"0": nn.Module(), "1": Missing()})
+    model.layers = nn.ModuleDict({"0": nn.Module(), "1": PPMissingLayer()})
     packed = {"layers.0.qkv_proj": [f"layers.0.{name}_proj" for name in "qkv"]}
     return SimpleNamespace(modules=wrapped, packed_modules=packed, model=model)
 

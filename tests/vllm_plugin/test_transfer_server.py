@@ -22,12 +22,6 @@ def server(served, tmp_path_factory):
         yield server
 
 
-@pytest.fixture(autouse=True)
-def released(server):
-    yield
-    update(server, base=True, sender="a")
-
-
 def init(server, specs, sender="a", **more):
     info = {"sender": sender, "dtype": "float32", "slices": to_message(specs), **more}
     return server.post("init_weight_transfer_engine", {"init_info": info})
@@ -52,17 +46,13 @@ def refused(answer, words):
     return True
 
 
-def values(numbers):
-    return base64.b64encode(numbers.numpy().tobytes()).decode()
-
-
 def answers(server):
     return server.answers(["base"], PROMPTS)["base"]
 
 
 def test_while_requests_run(server, served):
     specs, numbers = slices_of(served, "down-o")
-    good = dict(sender="a", step=1, values=values(numbers))
+    good = dict(sender="a", step=1, values=base64.b64encode(numbers.numpy().tobytes()).decode())
     assert ok(init(server, specs))
     found, stop = [], threading.Event()
 

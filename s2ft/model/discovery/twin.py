@@ -430,7 +430,7 @@ def _same_at_some_depth(model: nn.Module, widths: bool, wanted: set, kinds: set,
     return second
 
 
-def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny_model(model_class: Any, config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build a model from a tiny config, with random weights of which none is special.
 
     Args:
@@ -444,22 +444,17 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: The model would have more than 60 million parameters.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), without_zero_init():
         torch.random.default_generator.manual_seed(0)
         warnings.simplefilter("ignore")
         with torch.device("meta"):
-            shadow = _from_config(model_class, copy.deepcopy(config), dtype)
+            shadow = model_class._from_config(copy.deepcopy(config), dtype=dtype)
         size = sum(parameter.numel() for parameter in shadow.parameters())
         if size > MOST:
             raise ValueError(f"{size / 1e6:.0f} million parameters, at most {MOST / 1e6:.0f}")
         with torch.device("cpu"):
-            model = _from_config(model_class, config, dtype)
+            model = model_class._from_config(config, dtype=dtype)
     return _prepared(model, dtype)
-
-
-def _from_config(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    with without_zero_init():
-        return model_class._from_config(config, dtype=dtype)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -306,12 +306,6 @@ def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     )
 
 
-def gated_mlp(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Coupling:
-    """The block of llama and similar families: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
-    found = ffn(model, layer, f"{path}.up_proj", f"{path}.down_proj", f"{path}.gate_proj", kind=kind)
-    return replace(found, block=path, activation=activation_of(model, path))
-
-
 def activation_of(model: nn.Module, mlp: str) -> str | None:
     """The activation that the config names, if the block computes :func:`_gated` with it and nothing else.
 
@@ -430,10 +424,11 @@ def dense(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Couplin
     """Describe a gated feed-forward block under any of its names."""
     block = model.get_submodule(path)
     up, down, gate = next(names for names in FFNS if hasattr(block, names[0]))
-    if gate == "gate_proj" and hasattr(block, gate):
-        return gated_mlp(model, layer, path, kind)
-    gate = f"{path}.{gate}" if gate and hasattr(block, gate) else None
-    return ffn(model, layer, f"{path}.{up}", f"{path}.{down}", gate, kind=kind)
+    has_gate = gate is not None and hasattr(block, gate)
+    found = ffn(model, layer, f"{path}.{up}", f"{path}.{down}", f"{path}.{gate}" if has_gate else None, kind=kind)
+    if not has_gate or gate != "gate_proj":
+        return found
+    return replace(found, block=path, activation=activation_of(model, path))  # of llama and similar families
 
 
 # ---- attention -----------------------------------------------------------------------------------------
