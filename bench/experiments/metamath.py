@@ -31,7 +31,7 @@ from bench.experiments.runner import ExperimentRun, Results, Stage, check_names,
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, needs_calibration
 from s2ft.text.divergence import mean_loss
-from s2ft.text.encoding import left_pad
+from s2ft.text.encoding import padded_batch
 from s2ft.text.evaluation import TOLERANCE, last_number
 from s2ft.text.generation import generation_mode
 from s2ft.text.models import hollow_model, load_model
@@ -485,7 +485,7 @@ def answers_of(loaded: _LoadedModel, model: Any, pairs: list[tuple[str, str]], f
     prompts = loaded.encoded([settings["query"].format(query=question) for question, _ in pairs])
     texts = json.loads(file.read_text("utf-8")) if file and file.is_file() else []
     while len(texts) < len(prompts):
-        batch = left_pad(prompts[len(texts) : len(texts) + settings["answer_batch"]], loaded.end)
+        batch = padded_batch(prompts[len(texts) : len(texts) + settings["answer_batch"]], loaded.end)
         batch.pop("position_ids")  # model.generate computes the same positions from the mask
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         length = batch["input_ids"].shape[1]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from s2ft.serve.schemas import ApiError, shutting_down
 from s2ft.serve.served_adapters import Adapters, ServedAdapter, cannot_load
-from s2ft.text.generation import AnswerRow, RunningBatch, TextStream, rows_interact
+from s2ft.text.generation import AnswerRow, RunningBatch, TextStream, rows_interact, takes_left_padding
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Engine:
         prefill_tokens: int = 4096,
         metrics=None,
     ) -> None:
-        if rows_interact(model.config) and max_batch_size > 1:
+        if max_batch_size > 1 and (rows_interact(model.config) or not takes_left_padding(model)):
             logger.warning("this model's sequences can't share a batch, so one runs at a time")
             max_batch_size = 1
         self.adapters, self.metrics = adapters, metrics

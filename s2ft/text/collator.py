@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from s2ft.selection.batches import IGNORED
 from s2ft.selection.metrics import METRICS
 from s2ft.text.divergence import text_rows
-from s2ft.text.encoding import left_pad
+from s2ft.text.encoding import padded_batch
 from s2ft.text.prompts import pad_id
 
 
 @dataclass(frozen=True)
 class TokenCollator:
-    """Pad token rows on the left, and request logits only from the first position that has a label.
+    """Pad token rows on one side, and request logits only from the first position that has a label.
 
     Logits of the prompt have no loss, and with a large vocabulary they are the most expensive part of a step. Rows that
     are padded on the left end at the last position, so that one number says for all of them which logits are needed.
@@ -26,6 +26,7 @@ class TokenCollator:
         pad: The token id to pad with.
         keep_logits: Whether the model can be asked for the logits of the last positions only.
         multiple: The length of a batch is a multiple of this number.
+        side: Where the padding is, "left", or "right" without `keep_logits`.
 
     Example:
         >>> from s2ft.text.collator import TokenCollator
@@ -40,12 +41,12 @@ class TokenCollator:
     pad: int
     keep_logits: bool = True
     multiple: int = 1
+    side: str = "left"
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict:
-        batch = left_pad([row["input_ids"] for row in rows], self.pad, self.multiple)
-        own = [torch.tensor([IGNORED, *row["labels"][1:]], dtype=torch.int64) for row in rows]
-        labels = nn.utils.rnn.pad_sequence(own, True, IGNORED, "left")
-        labels = nn.functional.pad(labels, (batch["input_ids"].shape[1] - labels.shape[1], 0), value=IGNORED)
+        batch = padded_batch([row["input_ids"] for row in rows], self.pad, self.multiple, self.side)
+        own = [[IGNORED, *row["labels"][1:]] for row in rows]
+        labels = padded_batch(own, IGNORED, self.multiple, self.side)["input_ids"]
         if not self.keep_logits:
             return {**batch, "labels": labels, "use_cache": False}
         labelled = (labels != IGNORED).any(0)

@@ -300,21 +300,24 @@ def encoded_rows(
     return rows.select(kept) if len(kept) < len(rows) else rows, Counter(map(RowOutcome, outcomes))
 
 
-def left_pad(sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """Make a batch of sequences, padded on the left.
+def padded_batch(
+    sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1, side: str = "left"
+) -> dict[str, torch.Tensor]:
+    """Make a batch of sequences, padded to one length.
 
     Args:
         sequences: Token ids of each row.
         pad: The token id to pad with.
         multiple: The length of the batch is a multiple of this number.
+        side: Where the padding is, "left" or "right".
 
     Returns:
         input_ids, attention_mask and position_ids, each [rows, longest] int64. Positions count from the first token
         of each row, so that they do not depend on the padding.
 
     Example:
-        >>> from s2ft.text.encoding import left_pad
-        >>> batch = left_pad([[5, 6, 7], [8]], pad=0)
+        >>> from s2ft.text.encoding import padded_batch
+        >>> batch = padded_batch([[5, 6, 7], [8]], pad=0)
         >>> batch["input_ids"].tolist()
         [[5, 6, 7], [0, 0, 8]]
         >>> batch["position_ids"].tolist()
@@ -324,7 +327,9 @@ def left_pad(sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1) ->
     ones = [torch.ones_like(row) for row in rows]
     more = -max(map(len, rows)) % multiple
     input_ids, attention_mask = (
-        nn.functional.pad(nn.utils.rnn.pad_sequence(part, True, value, "left"), (more, 0), value=value)
+        nn.functional.pad(
+            nn.utils.rnn.pad_sequence(part, True, value, side), (more, 0) if side == "left" else (0, more), value=value
+        )
         for part, value in ((rows, pad), (ones, 0))
     )
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)

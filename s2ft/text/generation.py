@@ -23,7 +23,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from s2ft.model.running import evaluation_mode
-from s2ft.text.encoding import left_pad
+from s2ft.text.encoding import padded_batch
 from s2ft.text.prompts import end_ids, pad_id
 from s2ft.text.templates import in_common
 
@@ -58,7 +58,7 @@ def generate(
         model: A causal language model, with or without an attached adapter.
         tokenizer: The model's tokenizer.
         prompts: Token ids of each prompt.
-        batch_size: Number of prompts that are generated at once.
+        batch_size: Number of prompts that are generated at once. One, where padding changes what the model computes.
         max_new_tokens: Longest answer in tokens. A longer one is cut.
         title: The label of the progress bar, which is shown only in a terminal.
         num_beams: Number of beams. 1 is greedy. More beams keep so many beginnings of each answer, and the answer
@@ -111,9 +111,11 @@ def answer_ids(
     )
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     answers: dict[int, list[int]] = {}
+    if batch_size > 1 and not takes_left_padding(model):
+        batch_size = 1
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
-        batch = left_pad([prompts[number] for number in numbers], pad_id(tokenizer))
+        batch = padded_batch([prompts[number] for number in numbers], pad_id(tokenizer))
         # model.generate computes the positions from the mask
         batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         output = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
@@ -215,7 +217,7 @@ class RunningBatch(Generic[R]):
         """
         if len(rows) + len(self.rows) > 1 and self._has_states:
             raise ValueError("a model whose layers keep states runs one row at a time")
-        padded = left_pad([row.prompt for row in rows], 0)
+        padded = padded_batch([row.prompt for row in rows], 0)
         inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
         # Without the config, layers with a sliding window keep all keys, and the mask limits them.
         cache = DynamicCache(config=self.model.config if self._has_states else None)
@@ -334,6 +336,34 @@ class RunningBatch(Generic[R]):
 def _layers(cache: DynamicCache) -> list:
     """Return the layers of a cache that have keys. Layers that share the keys of another layer have none."""
     return [layer for layer in cache.layers if layer.keys is not None]
+
+
+def takes_left_padding(model) -> bool:
+    """Whether padding on the left leaves a causal model's logits as they are, by a trial on twelve tokens.
+
+    It does not where the model ignores its mask (RWKV), or makes blocks of tokens from the first one on (DeepSeek-V4).
+
+    Args:
+        model: The model. Its modes are restored.
+
+    Example:
+        >>> s2ft.text.generation.takes_left_padding(model)
+        True
+    """
+    device, count = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(1, count // 2, 12).long().tolist()  # placeholders of images have higher ones
+
+    def logits(*rows: list[int]) -> Tensor:
+        batch = {name: tensor.to(device) for name, tensor in padded_batch(rows, 0).items()}
+        return model(**batch, use_cache=False).logits[0, -len(ids) :].float()
+
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            alone, beside = logits(ids), logits(ids, ids * 2)
+        except Exception:  # of the model's code
+            return False
+    allowed = 1e-3 if model.dtype == torch.float32 else 1e-1
+    return float((beside - alone).abs().mean()) <= allowed * float(alone.std())
 
 
 def rows_interact(config) -> bool:

@@ -124,11 +124,12 @@ def load_model(
 
 
 def _refuse_what_is_ignored(model, inputs, named) -> None:
-    """Raise ValueError for padding and for a cache of transformers, where the model's forward ignores both."""
-    if named.get("past_key_values") is not None or not ((mask := named.get("attention_mask")) is None or mask.all()):
+    """Raise ValueError for padding before a row and for a cache of transformers: the model's forward ignores both."""
+    mask = named.get("attention_mask")
+    if named.get("past_key_values") is not None or (mask is not None and (mask[:, :-1] < mask[:, 1:]).any()):
         raise ValueError(
-            f"{type(model).__name__} ignores the mask of padding and transformers' cache: set each batch size to 1 to "
-            "train and evaluate it; generate, chat and serve can't run it, and s2ft eval answers prompts"
+            f"{type(model).__name__} ignores the mask of padding before a row, and transformers' cache: generate, chat "
+            "and serve can't run it, s2ft eval answers prompts; calibrate with batches of 1"
         )
 
 

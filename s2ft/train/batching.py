@@ -24,6 +24,7 @@ from torch.utils.data import Sampler
 
 from s2ft.model.running import evaluation_mode
 from s2ft.text.collator import PackedCollator, SplitCollator, TokenCollator
+from s2ft.text.generation import takes_left_padding
 from s2ft.train.parallel import devices_of, rows_of_update, run_where_weights_are
 
 logger = logging.getLogger(__name__)
@@ -111,13 +112,11 @@ def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: boo
         return Batching(packed, True, False, f"packed to at most {arguments.max_length:,} tokens")
     if reason == "":
         return Batching(packed, False, by_length, f"without padding, {_attention(model)} keeps rows apart")
-    if model.config.model_type in ("blt", "deepseek_v4") and arguments.train_batch_size > 1:
-        raise ValueError(
-            f"{type(model).__name__} computes something else after padding: give --micro-batch-size 1 and more passes"
-        )
+    left = run_where_weights_are("the trial of padding", model, partial(takes_left_padding, model))
+    collator = TokenCollator(pad, keep and left, multiple, "left" if left else "right")
     because = f" ({_attention(model)} would mix up rows without padding: {reason})" if reason else ""
     order = "of similar length" if by_length else f"in {arguments.train_sampling_strategy} order"
-    return Batching(TokenCollator(pad, keep, multiple), False, by_length, f"padded, rows {order}{because}")
+    return Batching(collator, False, by_length, f"padded{'' if left else ' on the right'}, rows {order}{because}")
 
 
 def updates_of(arguments: Any, rows: Any) -> int:

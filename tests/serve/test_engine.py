@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from serve.fleet import eventually
-from support.inside import Adapters, ApiError, Engine, Job, Sampler, TextStream
+from support.inside import Adapters, ApiError, Engine, Job, Sampler, TextStream, tiny_config
 from train.tiny import tiny_model, tiny_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 
 class FakeBank:
@@ -61,8 +62,8 @@ def folder(tmp_path):
 @contextmanager
 def engine_over(folder, bank=None, gated=False, model=None, **options):
     model = tiny_model() if model is None else model
-    gate = Gate(model) if gated else None
     engine = Engine(model, Adapters(bank or FakeBank(), [folder]), **options)
+    gate = Gate(model) if gated else None
     engine.start()
     try:
         yield (engine, gate) if gated else engine
@@ -234,6 +235,7 @@ def test_stopping_fails_the_remaining_jobs(folder):
 
 
 def test_models_with_rows_that_depend_on_each_other_run_one_at_a_time(folder, caplog):
-    model = tiny_model()
+    model, blocks = tiny_model(), tiny_config(CONFIG_MAPPING["blt"]())  # makes patches of tokens from the first one on
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    assert Engine(model, Adapters(FakeBank(), [folder])).max_batch_size == 1 and "one runs at a time" in caplog.text
+    for one in (model, AutoModelForCausalLM.from_config(blocks).eval()):
+        assert Engine(one, Adapters(FakeBank(), [folder])).max_batch_size == 1 and "one runs at a time" in caplog.text

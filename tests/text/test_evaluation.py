@@ -15,6 +15,7 @@ from support.inside import (
 )
 from support.states import randomize, with_adapter
 from train.tiny import sums, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, RwkvConfig
 
 import s2ft
 
@@ -28,7 +29,12 @@ def examples(count=5):
     return list(examples_of(normalised(row, {}) for row in sums(count)))
 
 
-def test_batches_equal_single_prompts_in_order(model):
+@pytest.mark.parametrize("pads", ["left", "never"])
+def test_batches_equal_single_prompts_in_order(model, pads):
+    """A model that ignores the mask of padding gets one prompt at a time."""
+    if pads == "never":
+        config = RwkvConfig(vocab_size=259, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
+        model = AutoModelForCausalLM.from_config(config).eval()
     tokenizer = tiny_tokenizer()
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": "a" * n}]) for n in (3, 30, 1, 12, 7)]
     single = [generate(model, tokenizer, [prompt], 1, 8)[0] for prompt in prompts]

@@ -106,8 +106,10 @@ def test_a_recurrent_model_that_ignores_padding_and_caches_refuses_both(tmp_path
     model, ids = load_model(str(tmp_path))[0], torch.tensor([[0, 5, 6]])
     assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, model(ids).logits)
     for ignored in ({"attention_mask": (ids > 0).long()}, {"past_key_values": DynamicCache()}):
-        with pytest.raises(ValueError, match="each batch size to 1"):
+        with pytest.raises(ValueError, match="padding before a row, and transformers' cache"):
             model(ids, **ignored)
+    after = torch.tensor([[1, 1, 0]])
+    assert torch.equal(model(ids, attention_mask=after).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("name", MODELS)

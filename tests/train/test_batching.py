@@ -17,7 +17,7 @@ from support.inside import (
 from support.tolerances import GEMM
 from train.test_loss import gradients
 from train.tiny import tiny_model
-from transformers import AutoModelForCausalLM, FalconH1Config, Mamba2Config, MistralConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, FalconH1Config, Mamba2Config, MistralConfig, MixtralConfig, RwkvConfig
 
 import s2ft
 
@@ -126,14 +126,16 @@ def test_the_default_is_grouping_by_length_and_no_padding_where_attention_knows_
     assert isinstance(found.collator, TokenCollator) and "would mix up rows without padding" in found.why
 
 
-def test_a_model_that_padding_changes_gets_one_row_at_a_time():
-    model, rows = tiny_model(), token_rows()
-    model.config.model_type = "blt"
-    assert isinstance(
-        choose_batching(model, 0, rows, arguments_for(per_device_train_batch_size=1)).collator, TokenCollator
-    )
-    with pytest.raises(ValueError, match="after padding: give --micro-batch-size 1"):
-        choose_batching(model, 0, rows, arguments_for(per_device_train_batch_size=2))
+def test_a_model_that_padding_on_the_left_changes_gets_it_on_the_right():
+    model, rows = AutoModelForCausalLM.from_config(RwkvConfig(**SMALL, attention_hidden_size=32)).eval(), token_rows(2)
+    found = choose_batching(model, 0, rows, arguments_for(per_device_train_batch_size=2))
+    assert "padded on the right" in found.why
+    batch = found.collator(rows)
+    alone = [model(**found.collator([row])) for row in rows]
+    counts = torch.tensor([sum(label != -100 for label in row["labels"][1:]) for row in rows])
+    expected = (torch.stack([one.loss for one in alone]) * counts).sum() / counts.sum()
+    torch.testing.assert_close(model(**batch).loss, expected)
+    assert batch["labels"][:, 0].tolist() == [-100, -100] and 0 in batch["attention_mask"][:, -1]
 
 
 def test_rows_are_packed_and_counted():
