@@ -126,6 +126,12 @@ SUITES = {
     },
     "histories": Suite("2,000 random histories of a model", f"{STATE}.machine --sequences 2000", 120),
     **{
+        f"moments-{layout}": Suite(
+            f"an exception at every place of each operation, {layout} units", f"{STATE}.sweep --layout {layout}", 120
+        )
+        for layout in ("permuted", "indexed")
+    },
+    **{
         f"interrupts-{layout}": Suite(
             f"750 runs with interrupts at random moments, {layout} units",
             f"{STATE}.interrupts --count 150 --layout {layout}",

@@ -65,8 +65,8 @@ DEATHS = {  # the rank that dies, its call, which is of the second save, and wha
     "before the config is replaced": (0, WRITING, 3, "saving an adapter: rank 1 waited for rank 0"),
     "before the slices are gathered": (
         1,
-        "s2ft.attached.active:full_tensors",  # two calls each time: the slices, then weights trained in full
-        3,
+        "s2ft.attached.active:full_tensors",  # one call in attach, two each time: slices, then weights trained in full
+        4,
         "gathering what is trained: rank 0 waited for rank 1",
     ),
 }
