@@ -461,9 +461,15 @@ def test_selections_that_need_weights_or_data_are_of_the_same_size(config):
     assert "is counted as random and uniform" in str(estimated)
 
 
-def test_units_by_hand_and_budgets():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_units_by_hand_and_budgets(device, tmp_path):
+    """Also from a file, and where new tensors have no data."""
     model = model_of("llama")
     units = s2ft.select(model, S2FTConfig(d_ratio=0.2, layers=[1]))
+    units.save(tmp_path / "units.json")
+    with torch.device(device):
+        estimated = s2ft.estimate(model, S2FTConfig(units=str(tmp_path / "units.json")), 2, 9)
+    assert estimated.trained == s2ft.plan(model, S2FTConfig(units=units)).trainable
     for config in (
         S2FTConfig(units=units),
         S2FTConfig(d_ratio=0.2, budget=2000),

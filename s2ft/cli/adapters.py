@@ -9,7 +9,7 @@ from pathlib import Path
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
 from s2ft.config import check_adapter_name, refuse
 from s2ft.conversion import EXPORTS, IMPORTS, export
-from s2ft.files.plain_text import check_output, table
+from s2ft.files.plain_text import table
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES, locate
 from s2ft.train.options import Options, option
@@ -280,7 +280,8 @@ def run_merge(job: MergeArguments) -> None:
         print(packed.export(base, job.adapter, job.output))
     elif to_gguf:
         beside = Path(job.output).with_suffix(f".{ollama.MODELFILE}")
-        check_output(beside)
+        if beside.exists():
+            raise FileExistsError(f"output {beside} exists: choose another")
         form = recorded_format(s2ft.read_adapter(job.adapter).info) or PromptFormat()
         text = ollama.modelfile(None, [], form, f"./{Path(job.output).name}")  # before the merge, which takes time
         print(packed.export(base, job.adapter, job.output))

@@ -117,7 +117,6 @@ def estimate(
         >>> sharded.devices, sharded.fits
         (..., True)
     """
-    config = with_units(config)
     _check(batch, length, example, accumulation, logits, use_cache, loss)
     strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
     if not (strategy is None or isinstance(strategy, Strategy)):
@@ -125,6 +124,7 @@ def estimate(
     check_devices(strategy, devices)
     memory = size_of(memory, "memory")
     make = maker(optimizer)
+    config = with_units(config)
     place, kernels, notes = _place(model, device)
     if config.units is None and config.selection != "random":
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)

@@ -9,6 +9,7 @@ The ranks exchange inputs and outputs as they did before: transformers' style is
 and the hooks of torch's `parallelize_module` stay, because both layers share them.
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -88,7 +89,10 @@ class S2Linear(S2Layer):
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as nn.Linear does, and `s2` with zeros."""
-        nn.Linear.reset_parameters(cast(nn.Linear, self))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
         nn.init.zeros_(self.s2)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
     """Give a module or an object other attributes inside the context. Afterwards it has its own again, or none.
 
+    They are written into its ``__dict__``: a wrapper does not pass them on to what it wraps.
+
     Args:
         owner: A Python module, an nn.Module or any object with a ``__dict__``.
         **values: The attributes.

@@ -205,7 +205,7 @@ def layers_that_repack(model: nn.Module) -> list[nn.Module]:
     layer passes no gradient, even in training mode: after one evaluation, training would go wrong without an error. So
     layers stay unpacked while something is trained.
     """
-    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    return [module for module in model.modules() if vars(module).get("support_avx512bf16_for_cpu")]
 
 
 def set_repacking(layers: Iterable[Any], allowed: bool) -> None:

@@ -209,7 +209,7 @@ def _tensors(units: Any, what: str) -> dict[str, Tensor]:
             raise ValueError(f"{what}: {path} must have a list of unit numbers from 0, and at least one")
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"{what}: {path} names a unit twice")
-        tensors[path] = torch.tensor(sorted(numbers), dtype=torch.int64)
+        tensors[path] = torch.tensor(sorted(numbers), dtype=torch.int64, device="cpu")
     return tensors
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2ft.attached.record import uncompiled
 from s2ft.distributed import is_spread
 from s2ft.files.plain_text import first_line
 from s2ft.layers import LINEAR, kind_of
@@ -192,7 +193,11 @@ def chunked_loss(model: nn.Module, in_evaluation: bool = False) -> Iterator[Chun
     """
     chunked = ChunkedLoss(model, in_evaluation)
     hook = model.register_forward_pre_hook(chunked.before, with_kwargs=True)  # removed at the end of the context
-    with hook, replaced(chunked.head, forward=chunked.forward), replaced(model, _loss_function=chunked.loss):
+    with (
+        hook,
+        replaced(chunked.head, forward=chunked.forward),
+        replaced(uncompiled(model), _loss_function=chunked.loss),
+    ):
         yield chunked
 
 

@@ -30,7 +30,7 @@ from s2ft.train.planning import FEWEST_UPDATES, suggested_rate
 from s2ft.train.trainers import SFTRunTrainer, TokenRowTrainer
 
 # The projections that the S²FT paper trains with LoRA: q, k, v, up and down.
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ def with_peft(model: nn.Module, method: str, options: dict[str, Any], seed: int,
     autocast = options.pop("autocast_adapter_dtype", True)
     if method == "shira":
         options.setdefault("random_seed", seed)
+    if not isinstance(options["target_modules"], str):  # "all-linear" is one, or a regular expression
+        options["target_modules"] = list(options["target_modules"])
     try:
         config = getattr(peft, TUNERS[method].config)(task_type="CAUSAL_LM", **options)
     except TypeError as error:

@@ -85,4 +85,4 @@ def test_the_cuda_build_loads_and_registers_its_kernels_on_request(run, source):
     assert {"sliced_linear", "permute_", "multi_adapter_linear"} <= before["ops"].keys()
     for info, expected in ((before, ["CPU"]), (after, ["CPU", "CUDA"])):
         for op, devices in info["ops"].items():
-            assert devices == expected, op
+            assert devices == ([] if op == "sliced_linear" else expected), op  # PyTorch multiplies on every device

@@ -1,5 +1,7 @@
 """The chunked loss equals the model's own loss, or a message names the reason why it is not used."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.inside import (
@@ -16,6 +18,7 @@ from support.models import CASES, inputs_of, model_of
 from support.pairs import in_turn
 from support.states import with_adapter
 from support.tolerances import GEMM
+from torch import nn
 from train.tiny import tiny_model
 
 import s2ft
@@ -81,9 +84,10 @@ def test_logits_that_the_model_computes_in_float32():
     torch.testing.assert_close(loss_in_chunks(model.train(), batch), expected, rtol=1e-2, atol=0, check_dtype=False)
 
 
-def test_several_chunks_equal_one(monkeypatch):
+@pytest.mark.parametrize("wrap", [nn.Module.train, partial(torch.compile, backend="eager")], ids=["plain", "compiled"])
+def test_several_chunks_equal_one(monkeypatch, wrap):
     """Several chunks, of which the last is shorter, give the loss of one chunk."""
-    model, ids = tiny_model(), torch.randint(3, 200, (3, 11))
+    model, ids = wrap(tiny_model()), torch.randint(3, 200, (3, 11))
     expected = model(input_ids=ids, labels=ids).loss
     monkeypatch.setitem(CHUNK, "cpu", 7 * model.config.vocab_size)  # 30 tokens in chunks of 7
     with chunked_loss(model.train()):
