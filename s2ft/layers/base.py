@@ -523,7 +523,7 @@ class S2Layer(TrainableLayer):
             RuntimeError: One has, or it is a part of a flat parameter. `base` is kept, and everything works again when
                 the weight is back.
         """
-        if self.weight.dim() < 2:
+        if self.weight.dim() < 2 and not is_spread(self.weight):  # ZeRO-3 has a part too, which it gathers
             raise RuntimeError(
                 "the weight is a part of a flat parameter, as FSDP version 1 makes it, which s2ft can't train: use "
                 "FSDP2 (fully_shard; fsdp_version: 2 of accelerate), and attach again"
