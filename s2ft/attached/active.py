@@ -113,6 +113,9 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
     take_off_extra(model, record)
     for move in record.moves:  # first: the copies below need no half-done order
         move.recover(model)
+    if any(mounted.layer.fused for mounted in record.mounts.values()):  # the base is in the layers' order of units
+        for move in record.moves:  # which an interrupted merge may have given up
+            move.do(model)
     for mounted in record.mounts.values():
         mounted.layer.unfuse()
         mounted.layer.enabled = False
