@@ -16,7 +16,7 @@ from state import sweep
 from state.models import ratios, tiny_model
 from state.tracing import RaiseAt, moments
 
-SLOW = [  # every place takes an hour: the suites `moments` and `interrupts` of release/suites.py
+SLOW = [  # every place: the suites `moments` and `interrupts` of release/suites.py
     *((kernels, "--layout", layout, "--stride", "97") for kernels in ("compiled", "reference") for layout in LAYOUTS),
     *(("compiled", "--layout", layout, "--events", "line", "--stride", "97", "--twice") for layout in LAYOUTS),
     ("compiled", "--stride", "700", "--twice"),
