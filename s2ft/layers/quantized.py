@@ -127,9 +127,7 @@ def _is_of_bitsandbytes(module: Any, name: str) -> bool:
 
 
 class Linear4bitKind(QuantizedKind):
-    """Linear4bit of bitsandbytes. While something is trained it is kept unpacked, see
-    :func:`s2ft.model.weights.layers_that_repack`.
-    """
+    """Linear4bit of bitsandbytes. It may repack its weight, see :func:`s2ft.model.weights.layers_that_repack`."""
 
     name = "Linear4bit of bitsandbytes"
 
@@ -155,7 +153,7 @@ class Linear4bitKind(QuantizedKind):
 
 
 def unpack(layer: Any) -> None:
-    """Undo what :func:`s2ft.model.weights.layers_that_repack` describes."""
+    """Store the weight of a Linear4bit layer as it was loaded, if the layer has repacked it."""
     if _is_packed(layer):
         layer.weight.data, layer.weight.quant_state = _unpacked(layer)
         layer.quant_state = layer.weight.quant_state
