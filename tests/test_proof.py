@@ -349,6 +349,14 @@ def test_what_the_example_does_not_reach_is_named():
     assert s2ft.list_adapters(net) == []
 
 
+@pytest.mark.parametrize("kind,option", (("bart", "decoder_layerdrop"), ("hubert", "layerdrop")))
+def test_blocks_that_training_drops_by_chance_are_proved_too(kind, option):
+    model = model_with(CONFIG_MAPPING[kind](**{**ROWS[kind], option: 1.0}))
+    before = [getattr(part, "layerdrop", None) for part in (model.config, *model.modules())]
+    assert s2ft.attach(model, S2FTConfig(d_ratio=0.5), verify=True).unproved == ""
+    assert [getattr(part, "layerdrop", None) for part in (model.config, *s2ft.detach(model).modules())] == before
+
+
 def test_old_gradients_are_no_fault_and_stay():
     net = Stack(RIGHT["polynomial"])
     net(batch()).sum().backward()

@@ -3,6 +3,7 @@
 Stages: (1) every row at each of its rates on each task of `sweep`, with the first seed; (2) its best rate, by the
 accuracy on validation examples, with all seeds and on all tasks; rows that are `screened` stop after (1); (3) time and
 memory of a few updates, if `costs` is set, one run at a time on all cores. Without `sweep` every rate has all seeds.
+A row with `longer` makes so many times the updates, for methods whose updates take less time.
 """
 
 import json
@@ -39,7 +40,7 @@ OF_A_ROW = ("method", "options", "parameters", "phases", "protect")  # what a ru
 KEYS = ("settings", "rows", "seeds", "tasks", "sweep", "steps", "rates", COSTS, "base", "equal_to")
 NEEDED = ("rows", "seeds", "tasks")
 SETTINGS = (*OF_LEARNING, "best", "save", "judge", "train", "tests", "answers", "scales")
-ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "screened")
+ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "screened", "longer")
 
 
 # ---- the plan --------------------------------------------------------------------------------------------
@@ -57,7 +58,10 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
     if task == COSTS:
         settings[COSTS] = True
     if task in experiment.get("steps", {}):
-        settings["training"] = {**settings["training"], "max_steps": experiment["steps"][task]}
+        steps = (
+            experiment["steps"][task] if task == COSTS else round(experiment["steps"][task] * entry.get("longer", 1))
+        )
+        settings["training"] = {**settings["training"], "max_steps": steps}
     files = files_of(settings["task"], settings)
     if files:
         settings["files"] = list(map(file_digest, files))

@@ -263,12 +263,10 @@ class MergeArguments(Options):
     "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
 )
 def run_merge(job: MergeArguments) -> None:
-    import s2ft
     from s2ft.codecs.packed_folder import PackedFolder
-    from s2ft.conversion import ollama, packed
+    from s2ft.conversion import packed
     from s2ft.model.checkpoint import packed_base
-    from s2ft.text.adapter_prompts import base_name, recorded_format
-    from s2ft.text.prompts import PromptFormat
+    from s2ft.text.adapter_prompts import base_name
 
     base = base_name(job.model, job.adapter)
     plain = job.dtype != "auto" or job.max_shard_size is not None
@@ -276,17 +274,8 @@ def run_merge(job: MergeArguments) -> None:
     if to_gguf and plain:
         raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
     source, is_gguf = locate(base)
-    if not plain and not is_gguf and isinstance(packed_base(source), PackedFolder):
+    if to_gguf or not plain and not is_gguf and isinstance(packed_base(source), PackedFolder):
         print(packed.export(base, job.adapter, job.output))
-    elif to_gguf:
-        beside = Path(job.output).with_suffix(f".{ollama.MODELFILE}")
-        if beside.exists():
-            raise FileExistsError(f"output {beside} exists: choose another")
-        form = recorded_format(s2ft.read_adapter(job.adapter).info) or PromptFormat()
-        text = ollama.modelfile(None, [], form, f"./{Path(job.output).name}")  # before the merge, which takes time
-        print(packed.export(base, job.adapter, job.output))
-        beside.write_text(text, encoding="utf-8")
-        print(f"for Ollama: ollama create {beside.stem} -f {beside}")
     else:
         print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))
 

@@ -1,16 +1,24 @@
 """Export for Ollama: the merged checkpoint, which Ollama imports itself, and a Modelfile."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from s2ft.attached.loading import read_adapter
 from s2ft.conversion.merged import write_checkpoint
 from s2ft.export.streamed import temporary_folder
-from s2ft.text.adapter_prompts import recorded_format
+from s2ft.files.plain_text import first_line
+from s2ft.text.adapter_prompts import recorded_format, standalone_template
+from s2ft.text.models import load_tokenizer
 from s2ft.text.prompts import PromptFormat, end_ids
 
+logger = logging.getLogger(__name__)
 MODELFILE = "Modelfile"
 LONGEST = 8192  # tokens of the default context; the memory of a longer one is the user's choice
 QUOTES = '"""'
+SYSTEM, PROMPT, RESPONSE = "{{ .System }}", "{{ .Prompt }}", "{{ .Response }}"  # in a template of Ollama
 
 
 def export(
@@ -18,7 +26,8 @@ def export(
 ) -> str:
     """Merge an adapter and write the checkpoint with a Modelfile, from which `ollama create` makes a model.
 
-    Ollama chooses its template by the chat template of the checkpoint, and converts the weights.
+    Ollama converts the weights. It chooses its template by the base's chat template; another one of the training is
+    written for it.
 
     Args:
         model_name: The adapter's base: a checkpoint folder, a name on the hub, or a .gguf file.
@@ -45,24 +54,68 @@ def export(
         model, tokenizer = write_checkpoint(folder, model_name, adapter, dtype, save_jinja_files=False)
         words = [tokenizer.convert_ids_to_tokens(token) for token in end_ids(tokenizer, model.generation_config)]
         context = num_ctx or min(getattr(model.config, "max_position_embeddings", None) or LONGEST, LONGEST)
-        (folder / MODELFILE).write_text(modelfile(context, words, form), encoding="utf-8")
-    place = Path(output)
-    return f"merged checkpoint and Modelfile for Ollama: ollama create {place.name} -f {place / MODELFILE}"
+        is_new = tokenizer.chat_template != load_tokenizer(model_name).chat_template
+        text = modelfile(context, words, form, template=turn(form, tokenizer.eos_token) if is_new else None)
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
+    return (
+        f"merged checkpoint and Modelfile for Ollama: ollama create {Path(output).name} -f {Path(output) / MODELFILE}"
+    )
 
 
-def modelfile(context: int | None, stops: list[str], form: PromptFormat, source: str = ".") -> str:
-    """Return the text of a Modelfile. Ollama reads the template of a GGUF file and its ends from the file.
+def turn(form: PromptFormat, eos: str | None) -> str | None:
+    """Return the template of one turn in the language of Ollama, from the chat template of the training.
+
+    Ollama chooses a template for the chat templates that it knows. With another one it would give the bare text.
+
+    Args:
+        form: The prompts, with a chat template.
+        eos: The token that ends a text. The one that begins it is added by Ollama.
+
+    Returns:
+        The template; None, with a warning, if the chat template has no such turn.
+
+    Example:
+        >>> from s2ft.conversion.ollama import turn
+        >>> from s2ft.text.prompts import PromptFormat
+        >>> turn(PromptFormat(template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"), "<e>")
+        '{{ .Prompt }}<e>{{ .Response }}<e>'
+    """
+    template = standalone_template(replace(form, system=form.system and SYSTEM))
+    chat = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSE}]
+
+    def text(*messages: dict[str, str], prompt: bool) -> str:
+        return render_jinja_template(
+            [[*messages]], chat_template=template, add_generation_prompt=prompt, bos_token="", eos_token=eos or ""
+        )[0][0]
+
+    try:
+        asked, (_, found, end) = text(chat[0], prompt=True), text(*chat, prompt=False).partition(RESPONSE)
+        if PROMPT in asked and found and QUOTES not in asked + end:
+            return asked + RESPONSE + end
+        reason = "it changes the messages"
+    except Exception as error:  # of the template
+        reason = first_line(error)
+    logger.warning("Ollama gets no chat template: write TEMPLATE into the Modelfile by hand (%s)", reason)
+    return None
+
+
+def modelfile(
+    context: int | None, stops: list[str], form: PromptFormat, source: str = ".", template: str | None = None
+) -> str:
+    """Return the text of a Modelfile. Ollama reads the ends of a GGUF file from the file.
 
     Args:
         context: Tokens of the context; None for Ollama's choice.
         stops: The tokens that end an answer.
         form: The prompts: their system prompt becomes the default one, and plain text has no template.
         source: The checkpoint's folder or a GGUF file.
+        template: The template of a turn; None for the one that Ollama chooses by the chat template of the source.
 
     Raises:
         ValueError: A Modelfile can't hold the system prompt.
     """
-    lines = [f"FROM {source}", *(['TEMPLATE """{{ .Prompt }}"""'] if form.form == "text" else [])]
+    template = PROMPT if form.form == "text" else template
+    lines = [f"FROM {source}", *([f"TEMPLATE {QUOTES}{template}{QUOTES}"] if template else [])]
     if form.system:
         if QUOTES in form.system:
             raise ValueError(f"the system prompt has {QUOTES}, which a Modelfile can't hold")

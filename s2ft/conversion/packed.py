@@ -35,6 +35,7 @@ from s2ft.adapter.folders import resolve
 from s2ft.attached.record import Attachment, check_fits, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
+from s2ft.conversion import ollama
 from s2ft.export.streamed import temporary_folder, temporary_place
 from s2ft.files.plain_text import by_key, check_output, replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
@@ -44,10 +45,12 @@ from s2ft.model.fingerprint import TOLERANCE, covered, sampled
 from s2ft.model.weights import Delta
 from s2ft.text.adapter_prompts import give_prompt, recorded_format, standalone_template
 from s2ft.text.models import hollow_model, load_tokenizer, locate
+from s2ft.text.prompts import PromptFormat
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 STRING = 8  # type of a value in the metadata of GGUF
+TEMPLATE = "tokenizer.chat_template"  # its key in the metadata of GGUF
 MERGED = "s2ft_merged.json"  # in a folder, for each merge: the base, the sha256 of its files, and the adapter
 
 
@@ -160,7 +163,7 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         output: The file or the folder to write; it must not exist.
 
     Returns:
-        A sentence about the output.
+        A sentence about the output. A GGUF file gets the chat template of the training, and a Modelfile beside it.
 
     Raises:
         FileExistsError: The output exists.
@@ -172,17 +175,21 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
     check_output(output)  # before the files are read
     if output.suffix != ".gguf":
         return _export_folder(model_name, s2ft.read_adapter(adapter), output)
+    beside = output.with_suffix(f".{ollama.MODELFILE}")
+    check_output(beside)
     path, saved = gguf_path(model_name), s2ft.read_adapter(adapter)
     base, kept = GgufFile(path), Kept.of(path)
     if kept:
         raise ValueError(f"{path} has adapter {kept.adapter!r} in place: s2ft patch {path} --undo first")
-    form = recorded_format(saved.info)
-    if form is not None and standalone_template(form) not in (None, base.value("chat_template", "tokenizer.")):
-        logger.warning("%s keeps its chat template, and the adapter was trained with another prompt", path.name)
+    form, template, turn = recorded_format(saved.info) or PromptFormat(), _new_template(base, saved), None
+    if template is not None:
+        end = base.value("eos_token_id", "tokenizer.ggml.")
+        turn = ollama.turn(form, None if end is None else base.reader.fields["tokenizer.ggml.tokens"].contents(end))
+    modelfile = ollama.modelfile(None, [], form, f"./{output.name}", turn)
     paths = merged_paths(base, saved)
     with temporary_place(output) as temporary:
         with open(temporary, "xb") as file:
-            shift = _copy(base, file, {"base": path.name, "adapter": saved.name})
+            shift = _copy(base, file, {"base": path.name, "adapter": saved.name}, template)
         data = numpy.memmap(temporary, numpy.uint8, "r+")
         changed = blocks = 0
         for change in new_blocks(base, saved, paths):
@@ -195,10 +202,18 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         if _different(base.reader.data[start:], data[start + shift :]) != changed:
             raise RuntimeError(f"{output} is not the base with the adapter: other bytes have changed too")
         GgufFile(temporary)  # an error says what is wrong
+    beside.write_text(modelfile, encoding="utf-8")
     return (
         f"{output}: {changed:,} bytes in {blocks:,} blocks of {len(paths)} weights have changed, and no other "
-        "byte of a weight; read again and compared"
+        f"byte of a weight; read again and compared\nfor Ollama: ollama create {output.stem} -f {beside}"
     )
+
+
+def _new_template(base: GgufFile, adapter: s2ft.Adapter) -> str | None:
+    """The chat template of an adapter's training; None if the file has the same, or the training had none."""
+    form = recorded_format(adapter.info)
+    template = None if form is None else standalone_template(form)
+    return None if template == base.value(TEMPLATE, "") else template
 
 
 def _packed_folder(model_name: str) -> PackedFolder:
@@ -300,17 +315,26 @@ def gguf_path(model_name: str) -> Path:
     return Path(folder) / options["gguf_file"]
 
 
-def _copy(base: GgufFile, file: BinaryIO, values: dict[str, str]) -> int:
-    """Copy a GGUF file with more strings in its metadata, and the sha256 of the base. Returns how far data moves."""
+def _copy(base: GgufFile, file: BinaryIO, values: dict[str, str], template: str | None) -> int:
+    """Copy a GGUF file with more strings in its metadata, the sha256 of the base, and another chat template or None.
+
+    Returns how far data moves.
+    """
     reader, data = base.reader, base.reader.data
     number = next(one for one in count() if f"s2ft.merged.{one}.base" not in reader.fields)  # merges before this one
     values = {f"s2ft.merged.{number}.{key}": text for key, text in {**values, "sha256": sha256_of(base.path)}.items()}
-    more = b"".join(_string(key) + STRING.to_bytes(4, "little") + _string(text) for key, text in values.items())
+    values |= {} if template is None else {TEMPLATE: template}
+    old = [reader.fields[key] for key in values if key in reader.fields]
     first, last = (tensor.field for tensor in (reader.tensors[0], reader.tensors[-1]))
+    metadata = bytearray(data[: first.offset])
+    for field in old:  # the template alone
+        del metadata[field.offset : field.offset + sum(part.nbytes for part in field.parts)]
+    for key, text in values.items():
+        metadata += _string(key) + STRING.to_bytes(4, "little") + _string(text)
+    entries = int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values) - len(old)
+    metadata[16:24] = entries.to_bytes(8, "little")
     end = last.offset + sum(part.nbytes for part in last.parts)
-    entries = int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values)
-    head = data[:16].tobytes() + entries.to_bytes(8, "little") + data[24 : first.offset].tobytes() + more
-    head += data[first.offset : end].tobytes()
+    head = bytes(metadata) + data[first.offset : end].tobytes()
     head += b"\0" * (-len(head) % int(reader.alignment))
     file.write(head)
     for place in range(int(reader.data_offset), len(data), PIECE):
@@ -484,6 +508,8 @@ def _computed(path: Path, folder: Path, digest: str, before: Kept | None) -> Kep
     saved, file = s2ft.read_adapter(folder), GgufFile(path)
     if before is not None:
         before.put_back(file.reader.data)  # in this process alone
+    if _new_template(file, saved) is not None:
+        logger.warning("the chat template of %s is not the one that the adapter was trained with", path.name)
     changes = list(new_blocks(file, saved, merged_paths(file, saved)))
     path.with_name(path.name + _earlier(digest)).unlink(missing_ok=True)  # of another base
     return Kept(path, changes, saved.name, digest)

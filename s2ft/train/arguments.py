@@ -302,13 +302,17 @@ class GRPOArguments(RLArguments, GRPOConfig):
         return passes // math.gcd(passes, self.gradient_accumulation_steps)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check(arguments: Any) -> None:
     given = {one.name: getattr(arguments, one.name) for one in fields(arguments)}
-    refuse(*((not _is_finite(given[name]), f"{name} must be a finite number, got {given[name]!r}") for name in FINITE))
+    refuse(
+        *(
+            (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value),
+                f"{name} must be a finite number, got {value!r}",
+            )
+            for name, value in ((name, given[name]) for name in FINITE)
+        )
+    )
     positive = [name for name in POSITIVE if name != "num_train_epochs" or arguments.max_steps <= 0]
     limited = {name: least for name, least in LEAST.items() if given.get(name) is not None}
     refuse(

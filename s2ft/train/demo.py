@@ -156,7 +156,8 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     with phase("training"):
         training = sft(model, tokenizer, rows, arguments, folder)
     tuned = folder.path / TUNED
-    tuned.unlink(missing_ok=True)  # of an earlier demo
+    for earlier in (tuned, tuned.with_suffix(".Modelfile")):
+        earlier.unlink(missing_ok=True)
     if options.keep_quantized:
         with phase("file"):
             print(packed.export(name, folder.adapter, tuned))

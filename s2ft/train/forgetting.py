@@ -198,7 +198,9 @@ class ForgettingMeter(TrainerCallback):
         if crossed:
             self._stop(crossed, state, control, model, args)
         elif self._limits:
-            self._within = state.global_step, _trained_values(model)
+            reshard_all(model)
+            trained = full_tensors({name: one for name, one in model.named_parameters() if one.requires_grad})
+            self._within = state.global_step, {name: value.to("cpu", copy=True) for name, value in trained.items()}
         self._seconds[state.global_step] = time.perf_counter() - start
 
     def _stop(self, crossed: list[str], state, control, model, args) -> None:
@@ -226,16 +228,9 @@ def _inner(model: Any) -> Any:
     return unwrapped(extract_model_from_parallel(model))
 
 
-def _trained_values(model) -> dict[str, Tensor]:
-    """Copy all trained parameters to the CPU. Every rank of a sharded model must call this."""
-    reshard_all(model)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: value.to("cpu", copy=True) for name, value in full_tensors(trained).items()}
-
-
 @torch.no_grad()
 def _restore(model, values: dict[str, Tensor]) -> None:
-    """Write values that :func:`_trained_values` has copied. Every rank of a sharded model must call this."""
+    """Give trained parameters earlier values. Every rank of a sharded model must call this."""
     reshard_all(model)
     parameters = dict(model.named_parameters())
     for name, value in values.items():

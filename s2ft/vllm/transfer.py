@@ -29,15 +29,10 @@ METHODS = (INIT, START, UPDATE, FINISH, SHUTDOWN)
 
 def install() -> None:
     """Register the backend, let the engine core guard it, and leave weights as they are where it is chosen."""
-    when_imported(_FACTORY, FEATURE, _register)
+    engine = BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine"
+    when_imported(_FACTORY, FEATURE, lambda: private(_FACTORY, "WeightTransferEngineFactory").register_engine(*engine))
     when_imported(_CORE, FEATURE, _guard)
     guarded(ON_PROCESSORS, lambda: when_imported(_UTILS, ON_PROCESSORS, _leave_unpacked))
-
-
-def _register() -> None:
-    private(_FACTORY, "WeightTransferEngineFactory").register_engine(
-        BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine"
-    )
 
 
 # ---- in the engine core ----------------------------------------------------------------------------------

@@ -147,6 +147,16 @@ def test_a_file_that_is_merged_has_a_modelfile_beside_it(work, tmp_path, capsys)
     assert s2ft_command("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "tuned.gguf") == 0
     assert f"ollama create tuned -f {tmp_path / 'tuned.Modelfile'}" in capsys.readouterr().out
     assert (tmp_path / "tuned.Modelfile").read_text() == 'FROM ./tuned.gguf\nSYSTEM """Be."""\n'
+    chat = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    for number in (1, 2):  # the second one replaces the template of the first
+        shutil.rmtree(adapter)
+        make_adapter(base, adapter, prompt={"form": "chat", "template": f"{chat}{{# {number} #}}", "system": "Be."})
+        tuned = ("--output", tmp_path / f"turn{number}.gguf")
+        assert s2ft_command("merge", "--model", base, "--adapter", adapter, *tuned) == 0
+        turn = "[system] {{ .System }}<|im_end|>[user] {{ .Prompt }}<|im_end|>{{ .Response }}<|im_end|>"
+        assert f'TEMPLATE """{turn}"""\nSYSTEM """Be."""' in (tmp_path / f"turn{number}.Modelfile").read_text()
+        base = tmp_path / f"turn{number}.gguf"
+        assert load_model(str(base))[1].chat_template.endswith(f"{chat}{{# {number} #}}")
     again = ("merge", "--model", base, "--adapter", adapter, "--output")
     (tmp_path / "other.Modelfile").write_text("mine")
     assert s2ft_command(*again, tmp_path / "other.gguf") == 2 and not (tmp_path / "other.gguf").exists()

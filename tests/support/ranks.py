@@ -140,6 +140,13 @@ def forget_deepspeed() -> None:
         module.unset_hf_deepspeed_config()
 
 
+def _leave_groups() -> None:
+    """Leave the groups of meshes that an earlier call made. Each has threads of gloo that look for work for ever."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
     set_up_kernels()  # the same as in the process that compares the results
     os.environ.update(
@@ -162,6 +169,7 @@ def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
         try:
             torch.manual_seed(0)  # as before each test
             forget_deepspeed()
+            _leave_groups()
             pipe.send(Outcome(function(rank, *args)))
         except BaseException:
             pipe.send(Outcome(error=traceback.format_exc()))

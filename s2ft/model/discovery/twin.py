@@ -311,9 +311,8 @@ def _shallow(entries: dict, depth: int, widths: bool) -> dict:
 
 
 def _has_entry_per_layer(name: str, value: Any, count: int) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != count or "depths" in name or "mrope" in name:
-        return False
-    return count > 9 or all(isinstance(entry, str) for entry in value) or bool(_PER_LAYER.search(name))
+    fits = isinstance(value, (list, tuple)) and len(value) == count and "depths" not in name and "mrope" not in name
+    return fits and (count > 9 or all(isinstance(entry, str) for entry in value) or bool(_PER_LAYER.search(name)))
 
 
 def _names_layers(name: str, value: Any, count: int) -> bool:
@@ -518,9 +517,14 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _is_trained_buffer(saved: Any) -> bool:
     """Whether what a model saves is a buffer that counts as a weight: a vector of moderate numbers."""
-    if not isinstance(saved, Tensor) or isinstance(saved, nn.Parameter) or saved.dim() != 1 or not saved.numel():
-        return False
-    return saved.is_floating_point() and float(saved.abs().max()) < 1e3  # NaN is not below
+    return (
+        isinstance(saved, Tensor)
+        and not isinstance(saved, nn.Parameter)
+        and saved.dim() == 1
+        and saved.numel() > 0
+        and saved.is_floating_point()
+        and float(saved.abs().max()) < 1e3  # NaN is not below
+    )
 
 
 # ---- float64 in the forward ---------------------------------------------------------------------------------

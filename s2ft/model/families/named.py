@@ -438,9 +438,12 @@ def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) 
 
 def _has_encoder(config: Any) -> bool:
     """Whether a decoder attends to an encoder. Alone, BART's decoder never runs the cross-attention that it has."""
-    own = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
-    own = own or config.model_type == "whisper"  # its decoder alone is given the encoder's outputs
-    return own or getattr(config, "cross_attention_hidden_size", None) is not None
+    return (
+        getattr(config, "is_encoder_decoder", False)
+        or getattr(config, "add_cross_attention", False)
+        or getattr(config, "cross_attention_hidden_size", None) is not None
+        or config.model_type == "whisper"  # its decoder alone is given the encoder's outputs
+    )
 
 
 def _attention(model: nn.Module, names: Names, layer: int, path: str, **options) -> Coupling:
