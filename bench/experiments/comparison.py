@@ -28,7 +28,7 @@ from s2ft.text.generation import generate
 from s2ft.text.models import hollow_model
 from s2ft.text.prompts import encode_prompt
 from s2ft.train.demo import default_model
-from s2ft.train.tuners import TUNERS, Prepared, TrainedRun, default_rate
+from s2ft.train.tuners import TUNERS, Prepared, TrainedRun
 
 BASE = "base"  # the row of the model without training
 COSTS = "costs"  # the task of runs that measure time and memory
@@ -69,14 +69,9 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
 
 
 def rates_of(experiment: dict[str, Any], row: str) -> list[float]:
-    """Return the learning rates of a row: its own, those of the experiment, or the default of its method."""
+    """Return the learning rates of a row: its own, or those of the experiment."""
     entry = experiment["rows"][row]
-    rates = entry.get("rates", [] if "rate_of" in entry else experiment.get("rates"))
-    if rates is None:
-        hollow = hollow_model(experiment["settings"]["model"] or default_model())
-        trained = trained_parameters(hollow, entry["method"], entry.get("options"))
-        rates = [default_rate(entry["method"], hollow.config.hidden_size, trained / hollow.num_parameters())]
-    return [float(rate) for rate in rates]
+    return [float(rate) for rate in entry.get("rates", [] if "rate_of" in entry else experiment.get("rates", []))]
 
 
 def full_rows(experiment: dict[str, Any]) -> list[str]:
@@ -171,7 +166,8 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
             trained_parameters(hollow, row["method"], options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"row {name}: {error}") from error
-        if any(rate <= 0 for rate in rates_of(experiment, name)):
+        rates = rates_of(experiment, name)
+        if any(rate <= 0 for rate in rates) or not rates and "rate_of" not in row:
             raise ValueError(f"row {name}: rates must be positive, got {row.get('rates')!r}")
     return [
         Stage(lambda results: sweep_runs(experiment)),

@@ -347,8 +347,8 @@ class Proof:
         model, record = self.model, self.record
         own = {id(one) for mount in record.mounts.values() for one in (mount.layer.s2, mount.layer.weight)}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        parts = {id(one): one for module in model.modules() for one in (module, getattr(module, "config", None))}
-        dropping = [one for one in parts.values() if "layerdrop" in getattr(one, "__dict__", ())]
+        parts = (one for module in model.modules() for one in (module, getattr(module, "config", None)))
+        dropping = {id(one): one for one in parts if "layerdrop" in getattr(one, "__dict__", ())}
         record.snapshot = Snapshot(model, {mount.layer for mount in record.mounts.values()}, others)
         try:
             with ExitStack() as stack:
@@ -362,7 +362,7 @@ class Proof:
                 stack.enter_context(torch.set_grad_enabled(backward))
                 stack.enter_context(self.without_dropout() if training else nullcontext())
                 model.train(training)
-                for part in dropping:  # else chance would leave blocks out of the proof
+                for part in dropping.values():  # else chance would leave blocks out of the proof
                     stack.enter_context(replaced(part, layerdrop=0.0))
                 for parameter in others if backward else ():
                     parameter.requires_grad_(False)

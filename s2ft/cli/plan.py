@@ -60,19 +60,14 @@ class PlanArguments:
 def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     import s2ft
     from s2ft.estimation.shadow import as_random
-    from s2ft.train.planning import suggested_rate, table, width_of
+    from s2ft.train.planning import table
 
     model, config, rows = job.of_model(config, given)
-    report = s2ft.plan(model, as_random(config))
-    width = width_of(model)
-    rate = suggested_rate(width, report.share) if width else None
-    if job.json:
-        print(json.dumps({"model": job.model, "learning_rate": rate, "rows": [asdict(row) for row in rows]}, indent=2))
-        return
-    print(f"{report}\n\n{table(rows)}\n{RANK}")
-    if rate:
-        ends = f"{rate['lowest']:g} to {rate['highest']:g}"
-        print(f"learning rate: no rule is known for all tasks; start with {rate['rate']:g}, and a search from {ends}")
+    print(
+        json.dumps({"model": job.model, "rows": [asdict(row) for row in rows]}, indent=2)
+        if job.json
+        else f"{s2ft.plan(model, as_random(config))}\n\n{table(rows)}\n{RANK}"
+    )
 
 
 # ---- s2ft estimate -------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from s2ft.attached.report import Report
 from s2ft.config import refuse
 from s2ft.files.plain_text import by_key, replace_file, table
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
 from s2ft.packages import check_packages
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import answer_lines, compare, evaluate
@@ -28,7 +29,7 @@ from s2ft.train.device import explain_out_of_memory, peak_memory
 from s2ft.train.options import CompareOptions, check_ratios
 from s2ft.train.output import only_run_in, write_json
 from s2ft.train.parallel import devices_of
-from s2ft.train.planning import width_of
+from s2ft.train.planning import rate_of_adapter, weight_size, width_of
 from s2ft.train.run import Run, load, meter_of, other_text, smaller_step
 from s2ft.train.tuners import TARGETS, TUNERS, check_tuner, default_rate, prepare, train_rows
 
@@ -166,11 +167,15 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
     if method == "full" and model.dtype == torch.bfloat16:  # rounding to bfloat16 would lose the updates
         model.float()
         arguments.bf16, arguments.mixed_precision = True, "bf16"
+    of_weights = weight_size(model, projections_of(couplings_of(model)))
     chosen = run.config.to_dict() if method == "s2ft" else options_of_peft(run, method, model)
     calibration = run.method.calibration(run, tokenizer, data) if method == "s2ft" else None
     prepared = prepare(model, method, chosen, seed=seed, calibration=calibration)
-    share = Report.of(prepared.model).share if method == "s2ft" else 1.0
-    rate = default_rate(method, width_of(model) or 576, share, updates_of(arguments, data.rows))
+    rate = (
+        rate_of_adapter(prepared.model, updates_of(arguments, data.rows))
+        if method == "s2ft"
+        else default_rate(method, width_of(model) or 576, of_weights)
+    )
     arguments.learning_rate = rate * multiple
     if run.forgetting.measures:  # at the end alone
         run = replace(run, forgetting=replace(run.forgetting, meter_steps=1 << 30))

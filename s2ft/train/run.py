@@ -47,7 +47,7 @@ from s2ft.train.options import (
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, model_is_spread, rows_of_update
-from s2ft.train.planning import FEWEST_UPDATES, suggested_rate, width_of
+from s2ft.train.planning import FEWEST_UPDATES, rate_of_adapter, width_of
 
 logger = logging.getLogger(__name__)
 RISEN = 5  # times the first loss, of which a run warns
@@ -139,16 +139,15 @@ class Run:
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
         return replace(self, config=fit_layout(with_default_ratio(self.config, model), model, "layout" in self.given))
 
-    def with_rate(self, model, report: Report, rows: Any) -> "Run":
+    def with_rate(self, model, rows: Any) -> "Run":
         """Return the run with the learning rate for what is trained of a model, unless the user set one."""
-        width = width_of(model)
-        if width is None or not self.method.suggests_rate or "learning_rate" in self.given:
+        if width_of(model) is None or not self.method.suggests_rate or "learning_rate" in self.given:
             return self
         updates = updates_of(self.arguments, rows)
-        rate = self.arguments.learning_rate = suggested_rate(width, report.share, updates)["rate"]
+        rate = self.arguments.learning_rate = rate_of_adapter(model, updates)
         self.say(
-            f"learning rate {rate:g}, by the width, the share that is trained and {updates:,} updates; --learning-rate "
-            "sets another"
+            f"learning rate {rate:g}, by the width, the share that is trained, the size of the weights and {updates:,} "
+            "updates; --learning-rate sets another"
         )
         return replace(self, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 
@@ -279,7 +278,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     else:
         s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
         report = Report.of(model)
-    run = run.with_rate(model, report, data.rows)
+    run = run.with_rate(model, data.rows)
     apply_kernels(model, options.kernels)
     add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})
     # Statistics may round differently on different devices.

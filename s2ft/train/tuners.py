@@ -26,7 +26,6 @@ from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.fit import JsonlLog, checkpointing, loss_for
 from s2ft.train.options import RunOptions, with_default_ratio
 from s2ft.train.output import read_log
-from s2ft.train.planning import FEWEST_UPDATES, suggested_rate
 from s2ft.train.trainers import SFTRunTrainer, TokenRowTrainer
 
 # The projections that the S²FT paper trains with LoRA: q, k, v, up and down.
@@ -42,8 +41,8 @@ class Tuner:
         config: Name of its configuration class in PEFT, or None if PEFT does not have the method.
         defaults: Options of that class.
         size: The option that sets the number of trained parameters, or None if nothing sets it.
-        rate: Peak learning rate at a width of 576, the best one of those measured on SmolLM2-135M (docs/evidence.md).
-            It falls with the width, see :func:`default_rate`, which has that of S²FT.
+        rate: The best peak learning rate of those measured on SmolLM2-135M (docs/evidence.md). See
+            :func:`default_rate`. That of S²FT follows from the slices.
     """
 
     title: str
@@ -53,6 +52,7 @@ class Tuner:
     rate: float = 1e-3
 
 
+OF_SMOLLM2 = 0.19 * 576**0.5  # size of the weights of SmolLM2-135M times the root of its width
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": TARGETS}
 TUNERS: dict[str, Tuner] = {
     "s2ft": Tuner("S²FT", size="budget"),
@@ -84,16 +84,17 @@ class Prepared:
     trainable: int
 
 
-def default_rate(method: str, width: int, share: float, updates: int = FEWEST_UPDATES) -> float:
-    """Return the peak learning rate from which a search for a method can start.
+def default_rate(method: str, width: int, size: float) -> float:
+    """Return the peak learning rate from which a search for another method than S²FT can start.
+
+    It is in proportion to the size of an output, the root of the width times the size of the weights, as that of S²FT.
 
     Args:
         method: A name of :data:`TUNERS`.
-        width: Width of the model. The rate is proportional to 1 / width, as that of `s2ft sft` is.
-        share: Share of the model's parameters that is trained. The rate of S²FT falls with it.
-        updates: Number of updates. The rate of S²FT is higher where they are few.
+        width: Width of the model.
+        size: Root mean square of the weights, see :func:`s2ft.train.planning.weight_size`.
     """
-    return suggested_rate(width, share, updates)["rate"] if method == "s2ft" else TUNERS[method].rate * 576 / width
+    return TUNERS[method].rate * size * width**0.5 / OF_SMOLLM2
 
 
 def prepare(

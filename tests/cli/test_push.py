@@ -23,7 +23,12 @@ def words(work, tmp_path):
 
 
 def test_the_adapter_is_uploaded_with_its_card(words, hub, tmp_path, capsys):
-    assert main(["sft", *words, "--push-to-hub", "--hub-private-repo", "--hub-token", "secret"]) == 0
+    assert (
+        main(
+            ["sft", *words, "--push-to-hub", "--learning-rate", "0.002", "--hub-private-repo", "--hub-token", "secret"]
+        )
+        == 0
+    )
     assert "uploaded: https://hub/commit/1" in capsys.readouterr().out
     assert {call.kwargs["token"] for call in hub.call_args_list} == {"secret"}
     assert hub().create_repo.call_args.args == ("my-run",) and hub().create_repo.call_args.kwargs["private"]

@@ -87,9 +87,10 @@ def test_a_recipe_of_ones_own_and_its_plan(tmp_path, monkeypatch, capsys):
         tasks: [files]
         seeds: [0, 1]
         rows: {{s2ft: {{method: s2ft, options: {{d_ratio: 0.5}}}}}}
+        rates: [5.0e-4]
     """)
     assert command.main([str(tmp_path / "mine.yaml"), "--plan", "--output", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "s2ft-files-0.0005-1: to be made"  # the method's default rate
+    assert capsys.readouterr().out.splitlines()[-1] == "s2ft-files-0.0005-1: to be made"
     assert not (tmp_path / "out").exists()
     assert command.main(["--list"]) == 0 and "small-sequence: " in capsys.readouterr().out
 

@@ -1,29 +1,40 @@
 """The suggested learning rate, against the rates that are known to have been good."""
 
 import pytest
-from support.inside import rates
+import torch
+from support.inside import attachment_of, rates
+from support.models import model_of
 
-KNOWN = (
-    (576, 0.025, 2e-3),
-    (576, 0.006, 4e-3),
-    (576, 1.0, 3e-5),
-    (3072, 0.003, 3e-4),
-    (4096, 0.007, 2e-4),
-    (4096, 0.007, 1e-3),
-)
+import s2ft
+
+ROWS = [line.split("|")[2:8] for line in rates.__doc__.splitlines() if line.startswith("| ")][1:]
 
 
-@pytest.mark.parametrize("width, share, good", KNOWN)
-def test_each_known_rate_is_in_the_range(width, share, good):
-    found = rates.suggested_rate(width, share)
-    assert found["lowest"] <= good <= found["highest"] and f"| {good:.0e}".replace("e-0", "e-") in rates.__doc__
+@pytest.mark.parametrize("width, share, size, task, good, rule", ([cell.strip(" ?") for cell in row] for row in ROWS))
+def test_each_known_rate_is_near_the_rule(width, share, size, task, good, rule):
+    updates = 16 if "16 updates" in task else 32
+    found = rates.suggested_rate(int(width), float(share), float(size), updates)
+    assert found == float(rule) and all(0.1 <= found / float(one) <= 10 for one in good.split(" to "))
 
 
-def test_a_wider_model_or_a_larger_slice_gets_a_lower_rate():
-    assert [rates.suggested_rate(width, 0.02)["rate"] for width in (32, 576, 2048, 8192)] == [2e-3, 2e-3, 5e-4, 1e-4]
-    assert [rates.suggested_rate(576, share)["rate"] for share in (0.001, 0.006, 0.02, 0.5)] == [1e-2, 6e-3, 2e-3, 7e-5]
+def test_a_wider_model_a_larger_slice_or_smaller_weights_get_a_lower_rate():
+    assert [rates.suggested_rate(width, 0.02, 0.02) for width in (64, 576, 4096)] == [6e-4, 2e-4, 7e-5]
+    assert [rates.suggested_rate(576, share, 0.19) for share in (0.001, 0.02, 0.5)] == [1e-2, 2e-3, 8e-5]
+    assert [rates.suggested_rate(576, 0.02, size) for size in (0.2, 0.02)] == [2e-3, 2e-4]
 
 
 def test_a_short_run_gets_up_to_twice_the_rate():
-    found = [rates.suggested_rate(576, 0.035, updates)["rate"] for updates in (1, 16, 24, 32, 10_000)]
-    assert found == [2e-3, 2e-3, 1e-3, 1e-3, 1e-3]
+    found = [rates.suggested_rate(576, 0.075, 0.19, updates) for updates in (1, 16, 24, 32, 10_000)]
+    assert found == [1e-3, 1e-3, 7e-4, 5e-4, 5e-4]
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+def test_the_rate_of_an_adapter_follows_from_its_share_and_the_size_of_its_weights(layout):
+    model = model_of("llama")
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5, q_ratio=0.5, layout=layout))
+    record = attachment_of(model)
+    weights = [model.get_submodule(one.path).weight for one in record.projections.values()]
+    trained = [model.get_submodule(record.projections[name].path).weight for name in record.selection.units]
+    share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(one.numel() for one in weights)
+    size = torch.stack([one.double().square().mean().sqrt() for one in trained]).quantile(0.5)
+    assert rates.rate_of_adapter(model, 32) == rates.suggested_rate(model.config.hidden_size, share, float(size))

@@ -47,11 +47,9 @@ def test_rows_replace_all_ratios_and_keep_the_given_one():
 def test_plan(folder, capsys):
     text = printed(capsys, "plan", folder, "--d-ratio", 0.25, "--ratios", 0.5)
     assert "16 of 64 channels" in text
-    assert "no rule is known for all tasks; start with 0.0009, and a search from 0.0001 to 0.007" in text
     assert [line.split()[0] for line in text.split("LoRA rank  adapter\n")[1].splitlines()[:2]] == ["0.25", "0.5"]
     found = json.loads(printed(capsys, "plan", folder, "--ratios", 0.5, "--json"))
     assert [row["trained"] for row in found["rows"]] == [1216, 2048] and found["rows"][0]["peak"] is None
-    assert found["learning_rate"] == {"rate": 0.0008, "lowest": 0.0001, "highest": 0.006}
 
 
 def test_estimate_counts_the_ends_and_draws_a_line_that_is_never_below(folder, capsys):
