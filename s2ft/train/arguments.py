@@ -149,7 +149,7 @@ class SFTArguments(RunArguments, SFTConfig):
         default=2e-4,
         metadata={
             "help": "peak learning rate",
-            "shown": "0.02 divided by the model's width and the share of it that is trained; s2ft plan prints it",
+            "shown": "by the model's width, the share that is trained, and the size of the weights",
         },
     )
     assistant_only_loss: bool = field(

