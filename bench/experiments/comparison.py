@@ -58,10 +58,8 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
     if task == COSTS:
         settings[COSTS] = True
     if task in experiment.get("steps", {}):
-        steps = (
-            experiment["steps"][task] if task == COSTS else round(experiment["steps"][task] * entry.get("longer", 1))
-        )
-        settings["training"] = {**settings["training"], "max_steps": steps}
+        longer = 1 if task == COSTS else entry.get("longer", 1)
+        settings["training"] = {**settings["training"], "max_steps": round(experiment["steps"][task] * longer)}
     files = files_of(settings["task"], settings)
     if files:
         settings["files"] = list(map(file_digest, files))

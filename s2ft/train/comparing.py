@@ -167,7 +167,7 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
     if method == "full" and model.dtype == torch.bfloat16:  # rounding to bfloat16 would lose the updates
         model.float()
         arguments.bf16, arguments.mixed_precision = True, "bf16"
-    of_weights = weight_size(model, projections_of(couplings_of(model)))
+    of_weights = 0.0 if method == "s2ft" else weight_size(model, projections_of(couplings_of(model)))
     chosen = run.config.to_dict() if method == "s2ft" else options_of_peft(run, method, model)
     calibration = run.method.calibration(run, tokenizer, data) if method == "s2ft" else None
     prepared = prepare(model, method, chosen, seed=seed, calibration=calibration)

@@ -273,7 +273,7 @@ def weight_size(model: nn.Module, projections: Iterable[Projection]) -> float:
         with handle.full() as weight:
             values = handle.view(weight)
             sizes.append(float(torch.linalg.vector_norm(values, dtype=torch.float32)) / values.numel() ** 0.5)
-    return statistics.median(sizes)
+    return statistics.median(sizes) or 0.02  # of zeros, as a new layer may have: what most models begin with
 
 
 def width_of(model: Any) -> int | None:

@@ -141,7 +141,7 @@ def test_ollama_gets_the_merged_checkpoint_with_the_template_where_it_reads_it(w
     assert all(torch.equal(weight, merged[key]) for key, weight in found.items())
 
 
-def test_a_file_that_is_merged_has_a_modelfile_beside_it(work, tmp_path, capsys):
+def test_a_file_that_is_merged_has_a_modelfile_beside_it(work, tmp_path, capsys, caplog):
     base, adapter = work / "q8.gguf", tmp_path / "adapter"
     make_adapter(base, adapter, prompt={"form": "chat", "template": "{{ 1 }}", "system": "Be."})
     assert s2ft_command("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "tuned.gguf") == 0
@@ -155,6 +155,9 @@ def test_a_file_that_is_merged_has_a_modelfile_beside_it(work, tmp_path, capsys)
         assert s2ft_command("merge", "--model", base, "--adapter", adapter, *tuned) == 0
         turn = "[system] {{ .System }}<|im_end|>[user] {{ .Prompt }}<|im_end|>{{ .Response }}<|im_end|>"
         assert f'TEMPLATE """{turn}"""\nSYSTEM """Be."""' in (tmp_path / f"turn{number}.Modelfile").read_text()
+        caplog.clear()
+        assert s2ft_command("patch", shutil.copy(base, tmp_path / f"patched{number}.gguf"), adapter) == 0
+        assert "is not the one that the adapter was trained with" in caplog.text
         base = tmp_path / f"turn{number}.gguf"
         assert load_model(str(base))[1].chat_template.endswith(f"{chat}{{# {number} #}}")
     again = ("merge", "--model", base, "--adapter", adapter, "--output")

@@ -98,6 +98,12 @@ def test_a_recipe_of_ones_own_and_its_plan(tmp_path, monkeypatch, capsys):
 # ---- the plan of a comparison ----------------------------------------------------------------------------
 
 
+def test_a_longer_row_makes_more_updates_and_costs_as_many():
+    recipe, task = command.read("frontier"), "subjects"
+    rows = [comparison.run_of(recipe, "s2ft-d3-time", name, 0.001, 0) for name in (task, comparison.COSTS)]
+    assert [one.settings["training"]["max_steps"] for one in rows] == [19, recipe["steps"]["costs"]]
+
+
 @pytest.fixture
 def evidence():
     return command.read("evidence")

@@ -38,3 +38,6 @@ def test_the_rate_of_an_adapter_follows_from_its_share_and_the_size_of_its_weigh
     share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(one.numel() for one in weights)
     size = torch.stack([one.double().square().mean().sqrt() for one in trained]).quantile(0.5)
     assert rates.rate_of_adapter(model, 32) == rates.suggested_rate(model.config.hidden_size, share, float(size))
+    with torch.no_grad():
+        list(map(torch.Tensor.zero_, trained))
+    assert rates.rate_of_adapter(model, 32) > 0
