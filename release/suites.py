@@ -127,7 +127,9 @@ SUITES = {
     "histories": Suite("2,000 random histories of a model", f"{STATE}.machine --sequences 2000", 120),
     **{
         f"moments-{layout}": Suite(
-            f"an exception at every place of each operation, {layout} units", f"{STATE}.sweep --layout {layout}", 120
+            f"an exception at every tenth place of each operation, {layout} units",
+            f"{STATE}.sweep --stride 10 --layout {layout}",
+            120,
         )
         for layout in ("permuted", "indexed")
     },

@@ -126,7 +126,7 @@ def test_ctrl_c_inside_a_method_that_hides_it_is_not_lost(monkeypatch, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(40))
+@pytest.mark.parametrize("number", range(12))
 def test_an_interrupt_at_any_moment_ends_the_run_without_a_traceback(work, tmp_path, number):
     """In the start of the process or in training. Then the run is resumed, or begins again."""
     output, delay = tmp_path / "out", random.Random(number).uniform(0.3, 20)

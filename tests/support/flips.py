@@ -7,7 +7,8 @@ computes and train what merging writes, or refuse.
 import ast
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 from unittest import mock
@@ -31,7 +32,7 @@ from support.inside import (
     tensors_in,
     tower_of,
 )
-from support.models import ALL_RATIOS, CASES, inputs_of
+from support.models import ALL_RATIOS, CASES, LAYOUTS, inputs_of
 from support.states import randomize
 
 TOLERANCE = 1e-9  # of outputs in float64, relative to the largest
@@ -189,8 +190,8 @@ def far(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(found)
 
 
-def outcome_of(model_type: str, flip: Flip, plain: Base | None) -> Outcome:
-    """Attach a model with a flip in both layouts, and compare it with the base and with what merging writes."""
+def outcome_of(model_type: str, flip: Flip, plain: Base | None, layouts: Sequence[str] = LAYOUTS) -> Outcome:
+    """Attach a model with a flip in these layouts, and compare it with the base and with what merging writes."""
     try:
         base = Base(model_type, flip, plain)
     except Exception as error:  # transformers refuses flips in many ways
@@ -206,7 +207,7 @@ def outcome_of(model_type: str, flip: Flip, plain: Base | None) -> Outcome:
         ratios |= {f"{key}_ratio": 1.0 for key in single}
         reasons = [
             _trial(base, S2FTConfig(**ratios, layout=layout, towers=towers if len(towers) > 1 else None))
-            for layout in ("permuted", "indexed")
+            for layout in layouts
         ]
     except ValueError as error:
         return Outcome("refused", str(error).partition("\n")[0][:200])
@@ -235,10 +236,11 @@ def _trial(base: Base, config: S2FTConfig) -> str:
 
 
 def outcomes_of(model_type: str) -> dict[Flip, Outcome]:
-    """The outcomes of a type as it is and with every flip."""
+    """The outcomes of a type as it is, in both layouts, and with every flip, in one layout after the other."""
     none = Flip()
     found = {none: outcome_of(model_type, none, None)}
     if found[none].word == "no model":
         return found
     plain = Base(model_type)
-    return found | {flip: outcome_of(model_type, flip, plain) for flip in flips_of(model_type)}
+    flips = zip(flips_of(model_type), cycle(LAYOUTS))
+    return found | {flip: outcome_of(model_type, flip, plain, (layout,)) for flip, layout in flips}
