@@ -185,8 +185,8 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     check_same_as_first_rank(
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
-    record.name, record.config, record.selection = name, config, selection
     record.structure = structure_of(model, record.couplings, selection.units)
+    record.selection, record.config, record.name = selection, config, name  # an interrupt finds the name with the rest
     _make_layers(model, record, trained, moves, config, selection)
     install(model, record, extra_names)
     record.active = {name: 1.0}

@@ -3,6 +3,7 @@
 The model also agrees with s2ft.status. A tracer raises it, or a real signal.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -37,6 +38,15 @@ def test_after_an_exception_at_many_places_the_model_agrees_with_status(kernels,
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_after_each_of_many_sigints_detach_gives_the_base(layout):
     run("reference", "interrupts", "--count", "30", "--layout", layout)
+
+
+def test_two_exceptions_where_the_adapter_gets_its_name_leave_a_model_that_can_be_detached():
+    every = sweep.Sweep("permuted")
+    case = next(one for one in every.cases() if one.name == "load_adapter, trainable")
+    with RaiseAt() as counter:
+        case.operation(copy.deepcopy(case.start))
+    chosen = [moment for moment, (code, _) in enumerate(counter.places, 1) if code.co_name == "mount"][-40:]
+    assert every.problems(case, chosen, "opcode", twice=True) == []
 
 
 def run(kernels: str, module: str, *options: str) -> None:

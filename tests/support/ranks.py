@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from support.rounding import set_up_kernels
 
@@ -141,7 +142,11 @@ def forget_deepspeed() -> None:
 
 
 def _leave_groups() -> None:
-    """Leave the groups of meshes that an earlier call made. Each has threads of gloo that look for work for ever."""
+    """Leave the groups of meshes that an earlier call made. Each has threads of gloo that look for work for ever.
+
+    DTensor's cache would give the mesh of such a group to a later call, because its mesh equals that one.
+    """
+    _clear_sharding_prop_cache()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
