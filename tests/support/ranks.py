@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from support.rounding import set_up_kernels
 
 RANKS = 2
 LIMIT = 120  # seconds for one function
+CALLS = 20  # of the same processes: each mesh makes groups, whose threads of gloo look for work for ever
 PRELOADED = [
     *("torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "transformers.trainer"),
     *("accelerate", "s2ft.api", "s2ft.adapter", "support.models"),
@@ -45,7 +45,8 @@ class Ranks:
     """``ranks(function, *args)`` runs ``function(rank, *args)`` on all ranks and returns their results in order.
 
     Functions and arguments are pickled, so a function must be defined in a module. If it raises, the call fails with
-    its traceback. The first call starts the processes. After a failure the next call starts new ones.
+    its traceback. The first call starts the processes. The next one after a failure, or after CALLS calls, starts new
+    ones.
 
     Args:
         count: Number of ranks.
@@ -53,11 +54,12 @@ class Ranks:
     """
 
     def __init__(self, count: int = RANKS, agent: bool = False) -> None:
-        self.count, self.agent, self.pipes, self.processes = count, agent, [], []
+        self.count, self.agent, self.pipes, self.processes, self.calls = count, agent, [], [], 0
 
     def start(self) -> None:
         context, port = mp.get_context("forkserver"), free_port()
         context.set_forkserver_preload(PRELOADED)  # imported once, not by each process
+        self.calls = 0
         if self.agent:
             self.store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         for rank in range(self.count):
@@ -91,8 +93,11 @@ class Ranks:
         Raises:
             AssertionError: A rank did neither return, raise nor die within LIMIT seconds.
         """
+        if self.calls == CALLS:
+            self.close()
         if not self.processes:
             self.start()
+        self.calls += 1
         for pipe in self.pipes:
             pipe.send((function, args))
         outcomes: list[Outcome | None] = [None] * self.count
@@ -141,17 +146,6 @@ def forget_deepspeed() -> None:
         module.unset_hf_deepspeed_config()
 
 
-def _leave_groups() -> None:
-    """Leave the groups of meshes that an earlier call made. Each has threads of gloo that look for work for ever.
-
-    DTensor's cache would give the mesh of such a group to a later call, because its mesh equals that one.
-    """
-    _clear_sharding_prop_cache()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-
-
 def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
     set_up_kernels()  # the same as in the process that compares the results
     os.environ.update(
@@ -174,7 +168,6 @@ def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
         try:
             torch.manual_seed(0)  # as before each test
             forget_deepspeed()
-            _leave_groups()
             pipe.send(Outcome(function(rank, *args)))
         except BaseException:
             pipe.send(Outcome(error=traceback.format_exc()))
