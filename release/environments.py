@@ -32,7 +32,7 @@ def environment(
         Its Python.
     """
     python, done = WORK / name / "bin" / "python", WORK / name / ".complete"
-    wanted = "\n".join(packages)
+    wanted = "\n".join((str(interpreter), *packages))
     if not done.exists() or done.read_text() != wanted:
         print(f"making the environment {WORK / name} …", flush=True)
         subprocess.run([interpreter, "-m", "venv", "--clear", WORK / name], check=True)

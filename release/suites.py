@@ -127,8 +127,8 @@ SUITES = {
     "histories": Suite("2,000 random histories of a model", f"{STATE}.machine --sequences 2000", 120),
     **{
         f"moments-{layout}": Suite(
-            f"an exception at every tenth place of each operation, {layout} units",
-            f"{STATE}.sweep --stride 10 --layout {layout}",
+            f"an exception at every 25th place of each operation, {layout} units",
+            f"{STATE}.sweep --stride 25 --layout {layout}",
             120,
         )
         for layout in ("permuted", "indexed")
