@@ -174,7 +174,7 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
     rate = (
         rate_of_adapter(prepared.model, updates_of(arguments, data.rows))
         if method == "s2ft"
-        else default_rate(method, width_of(model) or 576, of_weights)
+        else default_rate(method, width_of(model), of_weights)
     )
     arguments.learning_rate = rate * multiple
     if run.forgetting.measures:  # at the end alone

@@ -249,7 +249,7 @@ def rate_of_adapter(model: nn.Module, updates: int) -> float:
     """Return the suggested learning rate for a model's trainable adapter. All ranks must call this.
 
     Args:
-        model: The model, whose config names its width.
+        model: The model.
         updates: Number of updates of the run.
 
     Example:
@@ -276,18 +276,15 @@ def weight_size(model: nn.Module, projections: Iterable[Projection]) -> float:
     return statistics.median(sizes) or 0.02  # of zeros, as a new layer may have: what most models begin with
 
 
-def width_of(model: Any) -> int | None:
-    """Return the hidden size of a model's language model.
+def width_of(model: Any) -> int:
+    """Return the hidden size of a model's language model, or that of SmolLM2-135M if the config names none.
 
     Args:
         model: A model of transformers.
-
-    Returns:
-        The width, or None if the config does not name one.
 
     Example:
         >>> from s2ft.train.planning import width_of
         >>> width_of(model)
         64
     """
-    return getattr(model.config.get_text_config(), "hidden_size", None)
+    return getattr(model.config.get_text_config(), "hidden_size", 576)

@@ -47,7 +47,7 @@ from s2ft.train.options import (
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, model_is_spread, rows_of_update
-from s2ft.train.planning import FEWEST_UPDATES, rate_of_adapter, width_of
+from s2ft.train.planning import FEWEST_UPDATES, rate_of_adapter
 
 logger = logging.getLogger(__name__)
 RISEN = 5  # times the first loss, of which a run warns
@@ -141,7 +141,7 @@ class Run:
 
     def with_rate(self, model, rows: Any) -> "Run":
         """Return the run with the learning rate for what is trained of a model, unless the user set one."""
-        if width_of(model) is None or not self.method.suggests_rate or "learning_rate" in self.given:
+        if not self.method.suggests_rate or "learning_rate" in self.given:
             return self
         updates = updates_of(self.arguments, rows)
         rate = self.arguments.learning_rate = rate_of_adapter(model, updates)

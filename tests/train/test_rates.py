@@ -41,3 +41,10 @@ def test_the_rate_of_an_adapter_follows_from_its_share_and_the_size_of_its_weigh
     with torch.no_grad():
         list(map(torch.Tensor.zero_, trained))
     assert rates.rate_of_adapter(model, 32) > 0
+
+
+def test_a_model_whose_config_names_no_width_gets_a_rate():
+    model = model_of("llama")
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5))
+    del model.config.hidden_size
+    assert rates.rate_of_adapter(model, 32) > 0
