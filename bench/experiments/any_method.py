@@ -184,3 +184,10 @@ def evaluating(prepared: Prepared) -> Iterator[nn.Module]:
 
     with DoraCaching():
         yield model
+
+
+def merged(prepared: Prepared) -> nn.Module:
+    """The base with what was trained in its weights."""
+    if prepared.method == "full":
+        return prepared.model
+    return s2ft.merge(prepared.model) if prepared.method == "s2ft" else prepared.model.merge_and_unload()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import s2ft
-from bench.experiments.any_method import arguments_of, evaluating, train, train_in_phases
+from bench.experiments.any_method import arguments_of, evaluating, merged, train, train_in_phases
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.matched_methods import trained_parameters
 from bench.experiments.memory import PeakMemory, return_freed_memory
@@ -34,7 +34,6 @@ BASE = "base"  # the row of the model without training
 COSTS = "costs"  # the task of runs that measure time and memory
 ROUNDS = 2  # of each row
 BASE_TOKENS = 160  # the least that the base may write: it writes long answers before it comes to the number
-FACTORS = {"s2ft": "s2", "lora": "lora_B", "rslora": "lora_B", "shira": "shira_weight", "miss": "miss_block"}
 OF_A_ROW = ("method", "options", "parameters", "phases", "protect")  # what a run's numbers depend on
 # The keys of a recipe, those that it must have, those of its settings, and those of a row
 KEYS = ("settings", "rows", "seeds", "tasks", "sweep", "steps", "rates", COSTS, "base", "equal_to")
@@ -247,22 +246,15 @@ def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
 
 @torch.no_grad()
 def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
-    """Measure the base, and the trained delta times each of `scales`: the losses of the answers, and the forgetting.
-
-    The delta of each method here is linear in one of its parameters, that of FACTORS.
-    """
-    factors = [
-        (parameter, parameter.clone())
-        for name, parameter in prepared.model.named_parameters()
-        if parameter.requires_grad and FACTORS[settings["method"]] in name
-    ]
+    """Measure the base, and the trained delta times each of `scales`: the losses of the answers, and the forgetting."""
     found = [{"scale": 0.0, "forgetting": 0.0, **base.base_losses(settings)}]
+    model, start = merged(prepared).eval(), dict(base_of(settings).model.named_parameters())
+    trained = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for scale in settings["scales"]:
-        for parameter, trained in factors:
-            parameter.copy_(trained * scale)
-        with evaluating(prepared) as model:
-            forgetting = next(iter(base.distance(model, settings)["forgetting"].values()))
-            found.append({"scale": scale, "forgetting": forgetting, **base.losses(model, task, settings)})
+        for name, parameter in model.named_parameters():
+            parameter.copy_(start[name].lerp(trained[name], scale))
+        forgetting = next(iter(base.distance(model, settings)["forgetting"].values()))
+        found.append({"scale": scale, "forgetting": forgetting, **base.losses(model, task, settings)})
     return {"scaled": found}
 
 

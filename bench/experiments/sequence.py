@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import s2ft
-from bench.experiments.any_method import arguments_of, train
+from bench.experiments.any_method import arguments_of, merged, train
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.printing import Column, Table, summary
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
@@ -154,8 +154,7 @@ class Learner:
             self.prepared = prepared_for(self.base, self.model, rows, settings, **more)
         train(self.prepared, self.base.tokenizer, rows, arguments_of(settings, self.folder / name))
         if mode == "merge":
-            trained = self.prepared.model
-            self.model = s2ft.merge(trained) if settings["method"] == "s2ft" else trained.merge_and_unload()
+            self.model = merged(self.prepared)
         if mode == "on_top":
             s2ft.freeze_adapter(self.model)
             s2ft.save_adapter(self.model, self.folder / "adapters" / name, name)
