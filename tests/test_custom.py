@@ -347,6 +347,11 @@ BAD = {
     "layer": (changed(0, layer=-1), ValueError, "layer must be"),
     "twice": (couplings() + couplings()[:1], ValueError, "blocks.0.up is there twice"),
     "missing module": (changed(0, consumer=replace(DOWN, path="blocks.0.dwon")), ValueError, "no module blocks.0.dwon"),
+    "a name that can't be saved": (
+        changed(0, consumer=replace(DOWN, path="blocks.0.do wn")),
+        ValueError,
+        "'blocks.0.do wn' is not the name of a projection",
+    ),
     "missing vector": (
         changed(0, vectors=(Vector("blocks.0.shift", 1),)),
         ValueError,

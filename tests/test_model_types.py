@@ -66,8 +66,8 @@ def check_declaration(base):
     deltas = mounted_deltas(attachment_of(model))
     assert deltas.keys() == {p.name for p in projections}
     changes = {p.name: float(deltas[p.name].values.abs().max()) for p in projections if p.expert is None}
-    rounding = 1e-6 * max(changes.values())  # a gradient of 0 may come out as a rounding error
-    dead = [name for name, change in changes.items() if change <= rounding]
+    # a gradient of 0 may come out as a rounding error
+    dead = [name for name, change in changes.items() if change <= 1e-6 * max(changes.values())]
     assert [name for name in dead if not any(fnmatch(name, pattern) for pattern in DEAD.get(model_type, ()))] == []
 
     with torch.no_grad():

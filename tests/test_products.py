@@ -239,11 +239,12 @@ def test_every_change_of_the_slice_is_written(name, change):
         assert "optimizer" not in change or torch.equal(case.layer.weight, written)
 
 
-def test_an_average_of_copies():
+@pytest.mark.parametrize("is_copied", ("before the first forward", "after it"))
+def test_an_average_of_copies(is_copied):
     """As torch.optim.swa_utils.AveragedModel keeps it: its slice is an average, and so is what it computes with."""
     case = made("slice 0")
-    case.layer(*case.inputs)
-    other = copy.deepcopy(case.layer)
+    early, _, other = copy.deepcopy(case.layer), case.layer(*case.inputs), copy.deepcopy(case.layer)
+    other = early if "before" in is_copied else other
     with torch.no_grad():
         for one, two in zip(other.parameters(), case.layer.parameters()):
             one.lerp_(two * 3, 0.5) if one.requires_grad else one.lerp_(two, 0.5)

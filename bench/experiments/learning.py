@@ -107,9 +107,9 @@ class Base:
         return self._once(
             lambda: [
                 self._row([], ids)
-                for ids in self.tokenizer(
-                    list(texts(name, count, self.data)), max_length=limit, truncation=limit is not None
-                )["input_ids"]
+                for ids in self.tokenizer(list(texts(name, count, self.data)), max_length=limit, truncation=True)[
+                    "input_ids"
+                ]
             ],
             "texts",
             name,
@@ -164,7 +164,7 @@ class Base:
 
     def room(self, task: Task) -> int:
         """Return the longest prompt in tokens."""
-        return (context_length(self.model) or 1 << 30) - task.max_new_tokens
+        return context_length(self.model) - task.max_new_tokens
 
     # ---- measures ----------------------------------------------------------------------------------------
 

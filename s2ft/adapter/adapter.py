@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, refuse
 from s2ft.files.plain_text import table
 from s2ft.model.coupling import Coupling
 from s2ft.model.fingerprint import Structure, difference, union
@@ -231,15 +231,17 @@ def check_extra_apart(parts: Iterable[tuple[str, float, Iterable[str]]], otherwi
     owners: dict[str, str] = {}
     for adapter, weight, names in parts:
         for name in names:
-            if weight != 1:
-                raise ValueError(
+            refuse(
+                (
+                    weight != 1,
                     f"adapter {adapter!r} has {name} trained in full, which can't be scaled: give the adapter weight "
-                    f"1, not {weight:g}"
-                )
-            if name in owners:
-                raise ValueError(
-                    f"adapters {owners[name]!r} and {adapter!r} both have {name} trained in full, and {otherwise}"
-                )
+                    f"1, not {weight:g}",
+                ),
+                (
+                    name in owners,
+                    f"adapters {owners.get(name)!r} and {adapter!r} both have {name} trained in full, and {otherwise}",
+                ),
+            )
             owners[name] = adapter
 
 

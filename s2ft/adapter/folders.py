@@ -1,14 +1,14 @@
 """The folders that hold adapters, on this machine and on the Hugging Face hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import ADAPTER_FORMATS
-from s2ft.config import check_adapter_name
+from s2ft.config import check_adapter_name, refuse
 from s2ft.files.plain_text import by_key, first_line, replace_file
 from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, has_adapter, own_folder
 
@@ -139,6 +139,30 @@ def source_of(text: str) -> Source:
     return Source(folder, name or (place.parent if of_run else place).name) if is_one else Source(folder)
 
 
+def folders_of(sources: Iterable[Source], reserved: Collection[str] = ()) -> dict[str, Path]:
+    """Return the folders of all adapters of some sources by name.
+
+    Raises:
+        ValueError: Two adapters have the same name, or one has a name of the base, which are in `reserved`.
+    """
+    found: dict[str, Path] = {}
+    for name, folder in (pair for source in sources for pair in source.folders().items()):
+        first = found.setdefault(name, folder)
+        refuse(
+            (
+                name in reserved,
+                f"adapter {name!r} has the name of the base: rename its folder, or give the base another name with "
+                "--served-model-name",
+            ),
+            (
+                first.resolve() != folder.resolve(),
+                f"two adapters are called {name!r}, {first} and {folder}: name one of them with --adapters NAME=DIR, "
+                "or leave out its directory",
+            ),
+        )
+    return found
+
+
 def why_skipped(folder: Path) -> str:
     """Explain why a folder is not served."""
     if (folder / STATE).is_file():
@@ -152,19 +176,18 @@ def why_skipped(folder: Path) -> str:
     return f"it has no {' and no '.join(missing)}" if missing else "its name can't be the name of an adapter"
 
 
-def grouped(reasons: dict[str, str], shown: int = 5) -> list[str]:
+def grouped(reasons: dict[str, str]) -> list[str]:
     """Format names with their reasons, one line for each reason.
 
     Args:
-        reasons: Reasons by name.
-        shown: Number of names in a line. The others are counted.
+        reasons: Reasons by name. Five names are in a line, the others are counted.
 
     Example:
         >>> s2ft.adapter.folders.grouped({"a": "it is empty", "b": "it is empty"})
         ['a, b: it is empty']
     """
     by_reason = by_key((reason, name) for name, reason in reasons.items())
-    return [f"{some(names, shown)}: {reason}" for reason, names in by_reason.items()]
+    return [f"{some(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def some(names: Sequence[str], shown: int = 5) -> str:

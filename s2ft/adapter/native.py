@@ -213,13 +213,14 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
 def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     header = parse_json(content, str(path))
     schema = header.get("schema") if isinstance(header, dict) else None
-    if type(schema) is not int or schema < 1:
-        raise ValueError(f"{path} is not an S²FT adapter config: it has no schema number")
-    if schema != SCHEMA:
-        raise ValueError(
+    refuse(
+        (type(schema) is not int or schema < 1, f"{path} is not an S²FT adapter config: it has no schema number"),
+        (
+            schema != SCHEMA,
             f"{path} has schema {shortened(schema)}, and this version of s2ft reads schema {SCHEMA}: use the version "
-            "that saved it, or train and save the adapter again"
-        )
+            "that saved it, or train and save the adapter again",
+        ),
+    )
     foreign = sorted(header.keys() - FIELDS)
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")

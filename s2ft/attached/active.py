@@ -93,10 +93,8 @@ def switch(model: nn.Module, record: Attachment, factors: dict[str, float]) -> N
     place_loaded(
         model, record, [name for name in written if name != record.name and _is_on_another_device(model, record, name)]
     )
-    own_deltas = None
-    if record.name in written:  # loaded adapters were checked when they were loaded
-        own_deltas = mounted_deltas(record)
-        check_plain_and_untied(model, record, own_deltas)
+    own_deltas = mounted_deltas(record) if record.name in written else None
+    check_plain_and_untied(model, record, own_deltas or ())  # loaded adapters were checked when they were loaded
     with WRITING:
         deactivate(model, record)
         activate(model, record, factors, own_deltas)
@@ -483,6 +481,7 @@ def keep_base_before_forward(model: nn.Module, record: Attachment) -> None:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) not in known
     }
+    check_can_put_on_extra(model, record, record.active)  # an active adapter may have it too
     wrong = sorted(coupled_names(record.couplings).intersection(unfrozen))
     if wrong:
         raise RuntimeError(f"{wrong[0]} requires a gradient, and {UNFROZEN}")
@@ -571,7 +570,7 @@ def _write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor])
     for name, value in values.items():
         parameter = parameters[name]
         if is_spread(parameter) or has_master_copy(parameter):
-            write_units(parameter, torch.arange(value.shape[0]), value, 0)
+            write_units(parameter, torch.arange(value.shape[0], device="cpu"), value, 0)
         else:
             parameter.detach().copy_(value)
 

@@ -32,6 +32,9 @@ from s2ft.model.coupling import Projection
 from s2ft.model.weights import Delta, find
 from s2ft.ops import multi_adapter_linear
 
+# Types with layers that get the time first, or the tokens of each expert, so that no row is known to be of a sequence
+NOT_BY_SEQUENCE = ("xlnet", "fsmt", "longformer", "led", "switch_transformers", "nllb-moe")
+
 
 class AdapterBank:
     """Many adapters of one base in memory, and batches that mix them (S²FT paper, section 3.4).
@@ -50,7 +53,6 @@ class AdapterBank:
             by its name. :meth:`add` adds others.
         limit_bytes: Limit for the adapters that are kept in memory; the ones that were not used for longest are
             dropped. The buffers of the largest batch so far are not counted. Default: no limit.
-        dtype: Dtype in which adapters are kept; default: the dtype of the weights that they change.
 
     Raises:
         ValueError: An adapter is active on the model or has moved its units, or an argument is not valid.
@@ -67,28 +69,23 @@ class AdapterBank:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        directory: str | os.PathLike | None = None,
-        *,
-        limit_bytes: int | None = None,
-        dtype: torch.dtype | None = None,
+        self, model: nn.Module, directory: str | os.PathLike | None = None, *, limit_bytes: int | None = None
     ) -> None:
+        model = unwrapped(model)
         refuse(
             (
                 limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 1),
                 f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}",
             ),
             (
-                dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
-                f"dtype must be a floating-point dtype, or None, got {dtype!r}",
+                getattr(getattr(model, "config", None), "model_type", None) in NOT_BY_SEQUENCE,
+                f"{type(model).__name__} has layers whose inputs are not [sequences, ...]: use set_adapter",
             ),
         )
         if directory is not None and not Path(directory).is_dir():
             raise NotADirectoryError(f"{directory} is not a folder of adapters")
-        model = unwrapped(model)
         check_plain(model)
-        self.model, self.limit_bytes, self.dtype = model, limit_bytes, dtype
+        self.model, self.limit_bytes = model, limit_bytes
         found = {} if directory is None else adapters_in(Path(directory))
         self._entries = {name: folder for name, folder in found.items() if not name.startswith(".")}  # folders by name
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the most recently used one is last
@@ -374,7 +371,7 @@ class AdapterBank:
     def _layer_delta(self, layer: "_BankLayer", deltas: list[Delta]) -> Delta:
         weight = layer.module.weight
         rows = [delta.values if delta.dim == 0 else delta.values.t() for delta in deltas]
-        values = torch.cat(rows).to(weight.device, self.dtype or self._dtype_of(layer), copy=True)
+        values = torch.cat(rows).to(weight.device, self._dtype_of(layer), copy=True)
         return Delta(0, torch.cat([delta.index for delta in deltas]).to(weight.device), values.contiguous())
 
     def _dtype_of(self, layer: "_BankLayer") -> torch.dtype:

@@ -384,9 +384,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def freeze_adapter(model: nn.Module) -> None:
     """End the training of the trainable adapter: it becomes a loaded one, and the model can train another.
 
-    The model computes what it computed before, with the same bits: an adapter that was active is active again, with its
-    weight. Slices that were trained through a codec become what the file will hold, to the last bit of float32. All
-    parameters are frozen.
+    The model computes what it computed before, with the same bits if no other active adapter has the same units: an
+    adapter that was active is active again, with its weight. Slices that were trained through a codec become what the
+    file will hold, to the last bit of float32. All parameters are frozen.
     :func:`s2ft.attach` with ``on_top=True`` then trains the next adapter on top of it.
 
     Args:

@@ -292,7 +292,7 @@ def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTCon
             part.positions = part.positions - found[0]
     # Under tensor parallelism the units are elsewhere, and s2 has the same order.
     kind, index = kind_of(original), _current_index(parts, record)
-    is_slice = found is not None and kind is not SPLIT_LINEAR and torch.equal(index, torch.arange(*found))
+    is_slice = found is not None and kind is not SPLIT_LINEAR and torch.equal(index, torch.arange(*found, device="cpu"))
     where: dict[str, Any] = {"start": found[0], "end": found[1]} if found and is_slice else {"index": index}
     delta_dtype = config.delta_dtype_for(original.weight.dtype)
     layer = cast("tuple[type[Any], ...]", kind.layers)[dim].from_module(original, **where, delta_dtype=delta_dtype)
@@ -304,7 +304,7 @@ def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTCon
 
 def _current_index(parts: list[Part], record: Attachment) -> Tensor:
     """Where the elements of s2 are in the weight once the moves are done, in the order of s2, shape [n], int64."""
-    index = torch.empty(sum(part.elements.numel() for part in parts), dtype=torch.int64)
+    index = torch.empty(sum(part.elements.numel() for part in parts), dtype=torch.int64, device="cpu")
     for part in parts:
         move = record.move_of.get(part.projection.name)
         index[part.positions] = part.elements if move is None else move.places(part.projection)[part.elements]
@@ -328,7 +328,7 @@ def _number_positions(parts: list[Part]) -> None:
     """Set the parts' positions in an s2 that holds one part after the other."""
     first = 0
     for part in parts:
-        part.positions = torch.arange(first, first + part.elements.numel())
+        part.positions = torch.arange(first, first + part.elements.numel(), device="cpu")
         first += part.elements.numel()
 
 
@@ -537,7 +537,7 @@ def unit_blocks(model: nn.Module, coupling: Coupling) -> Tensor | None:
         The ranks [units] int64; all 0 if no weight is split along the units. None if a unit is divided among ranks, or
         two weights have it on different ranks, so that no rank can reorder its own parts by itself.
     """
-    blocks = torch.zeros(coupling.count, dtype=torch.int64)
+    blocks = torch.zeros(coupling.count, dtype=torch.int64, device="cpu")
     for number, owners in enumerate(_owners(model, coupling)):
         blocks = owners[:, 0] if number == 0 else blocks
         if bool((owners != blocks[:, None]).any()):
@@ -547,7 +547,7 @@ def unit_blocks(model: nn.Module, coupling: Coupling) -> Tensor | None:
 
 def _owners(model: nn.Module, coupling: Coupling) -> Iterator[Tensor]:
     """Yield the ranks [units, elements of a unit] for every weight and vector that is split along the units."""
-    units = torch.arange(coupling.count)
+    units = torch.arange(coupling.count, device="cpu")
     for projection in coupling.projections:
         split = split_of_units(model, projection)
         if split is not None:

@@ -1,5 +1,6 @@
 """What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, wraps
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.distributed import Decision, decide, full_shape, is_dtensor, is_spread, reshard_all, will_be_loaded_again
+from s2ft.files.reading import PATCHED
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
@@ -497,6 +499,9 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
                 f"{tuple(shape)}"
             )
         check_distinct(f"adapter {adapter.name!r}", delta.index, size, f"{path}.index")
+    base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    if os.path.exists(base + PATCHED):  # in another dtype too few values are compared to see it
+        raise ValueError(f"{base} has an adapter in place: s2ft patch {base} --undo first")
     # without a fingerprint the weights are compared when they arrive
     if record.fingerprint is not None:
         adapter.check_base(record.fingerprint)
@@ -549,13 +554,14 @@ def check_plain_and_untied(model: nn.Module, record: Attachment, names: Iterable
     for name in names:
         handle = weight_at(model, record.projections[name])
         path, other = handle.path, paths.setdefault(memory_of(handle.tensor), handle.path)
-        if handle.read_only:
-            raise ValueError(f"{path} is quantized: {handle.read_only}")
-        if other != path:  # their updates differ, so that none of them could be kept
-            raise ValueError(
+        refuse(
+            (handle.read_only, f"{path} is quantized: {handle.read_only}"),
+            (
+                other != path,  # their updates differ, so that none of them could be kept
                 f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
-                "into it: train one of them only, by couplings= or by the config's layers"
-            )
+                "into it: train one of them only, by couplings= or by the config's layers",
+            ),
+        )
 
 
 def check_weights_are_here(model: nn.Module, record: Attachment) -> None:

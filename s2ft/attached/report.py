@@ -258,9 +258,8 @@ def fresh_heads(model: nn.Module, record: Attachment) -> list[str]:
     coupled = coupled_names(record.couplings)
     return [
         path
-        for path, module in outermost(model, is_new).items()
-        if path
-        and module is not getattr(model, "lm_head", None)  # no path: the model was not loaded at all
+        for path, module in ({} if is_new(model) else outermost(model, is_new)).items()  # {}: nothing was loaded
+        if module is not getattr(model, "lm_head", None)
         and not any(one.requires_grad or f"{path}.{name}" in coupled for name, one in module.named_parameters())
     ]
 

@@ -118,8 +118,7 @@ def save_adapter(
         >>> s2ft.read_adapter("math").info["data"]
         'gsm8k'
     """
-    write = partial(native.write, folder=directory)
-    with_saved("saving an adapter", model, name, write, info, state)
+    with_saved("saving an adapter", model, name, partial(native.write, folder=directory), info, state)
 
 
 def with_saved(

@@ -97,7 +97,7 @@ def run_generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     is_chat = job.chat or job.system is not None or (prompter.is_chat and not job.raw)
     messages = [{"role": "user", "content": prompt}]
     ids = prompter.encode(messages, job.system) if is_chat else prompter.encode_text(prompt)
-    room = (context_length(model) or len(ids) + sampling.max_new_tokens) - len(ids)
+    room = context_length(model) - len(ids)
     if room < 1:
         raise ValueError(f"the model's context is {room + len(ids)} tokens, and the prompt has {len(ids)}: shorten it")
     row, limit = AnswerRow(ids, sampling.sampler()), min(sampling.max_new_tokens, room)

@@ -108,13 +108,13 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     from s2ft.text.data import DataOptions, load_rows
     from s2ft.text.divergence import read_texts
     from s2ft.text.encoding import context_length, tokenize_rows
-    from s2ft.text.evaluation import compare, evaluate, read_examples, right_answer
+    from s2ft.text.evaluation import compare, evaluate, examples_of, right_answer
     from s2ft.text.prompts import prompt_for_rows
     from s2ft.train.output import write_json
 
     output, compares = new_file(job.output), bool(job.data) and job.task is None and not job.kl
-    examples = tuple(read_examples(reading.of(job.data, "test", job.limit))) if job.data and not compares else ()
-    rows = load_rows(reading.of(job.data, "test", job.limit)) if compares else None
+    rows = load_rows(reading.of(job.data, "test", job.limit), scored=not compares) if job.data else None
+    examples = tuple(examples_of(rows)) if job.data and not compares else ()
     for number, example in enumerate(examples if job.task else (), 1):  # before the model is loaded
         try:
             right_answer(example, job.task)
@@ -123,13 +123,13 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     other = read_texts(reading.of(job.forgetting, "test"), job.meter_rows) if job.forgetting else None
     found: dict[str, Any] = {"model": job.model, "adapter": job.adapter, "data": job.data}
     with _loaded(job) as (model, prompter):
-        if compares and job.adapter is None:  # as s2ft sft would choose
+        if job.data and job.adapter is None:  # as s2ft sft would choose
             prompter.format = prompt_for_rows(prompter.tokenizer, rows, DataOptions())
         how = (job.task, job.batch_size, job.max_new_tokens, "evaluating", prompter.format, job.num_beams)
         result = evaluate(model, prompter.tokenizer, examples, *how) if job.task else None
         if compares:
             prompter.format.apply_to(prompter.tokenizer)
-            room = {"max_length": context_length(model) or 1 << 30, "skip_bad_rows": reading.skip_bad_rows}
+            room = {"max_length": context_length(model), "skip_bad_rows": reading.skip_bad_rows}
             tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, **room).dataset
             short = {"max_new_tokens": min(job.max_new_tokens, 64), "batch_size": min(8, job.batch_size)}
             result = compare(model, prompter.tokenizer, tokens, most=len(tokens), **short)
@@ -160,7 +160,7 @@ def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Se
     prompts = None
     if job.kl:
         answers = job.kl_on == "answers"
-        room = (context_length(model) or 1 << 30) - (job.max_new_tokens if answers else 1)
+        room = context_length(model) - (job.max_new_tokens if answers else 1)
         drawn = some(examples, job.meter_rows)
         asked = list(encode_prompts(prompter.tokenizer, drawn, room, prompter.format).values())
         prompts = (

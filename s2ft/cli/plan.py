@@ -275,13 +275,11 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     Raises:
         ValueError: The configuration needs calibration data and there is none, or the other way round.
     """
-    import torch
-
     import s2ft
     from s2ft.text.collator import needs_calibration, text_batches
     from s2ft.text.divergence import read_texts
     from s2ft.text.encoding import context_length
-    from s2ft.train.device import begin_on
+    from s2ft.train.device import gpu_or_cpu
 
     calibrated = needs_calibration(config)
     if bool(job.data) != calibrated:
@@ -290,12 +288,11 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
         return _choose_from_disk(job, config)
     protected = read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
     model, tokenizer = load_model(job.model, job.dtype)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    begin_on(device)
+    model.to(gpu_or_cpu())
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
-    longest = min(job.max_length, context_length(model) or job.max_length)
+    longest = min(job.max_length, context_length(model))
     protect = text_batches(protected, tokenizer, longest, job.protect_rows, config.seed, job.batch_size)
-    return s2ft.select(model.to(device), config, calibration, protect=protect)
+    return s2ft.select(model, config, calibration, protect=protect)
 
 
 def _choose_from_disk(job: SelectArguments, config):
@@ -324,6 +321,6 @@ def _calibration(job: SelectArguments, config, reading: ReadingOptions, model, t
     options = reading.of(job.data or [], "train")
     rows = load_rows(options)
     prompt = prompt_for_rows(tokenizer, rows, options)
-    room = min(job.max_length, context_length(model) or job.max_length)
+    room = min(job.max_length, context_length(model))
     tokenized = tokenize_rows(rows, tokenizer, prompt, max_length=room, skip_bad_rows=options.skip_bad_rows)
     return calibration_for(config, tokenizer, tokenized.dataset, job.calibration_examples, job.batch_size)

@@ -159,8 +159,9 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
         key, model = key_of(job.api_key), command.unpacked(job.model, job.dtype, Path(target, "base"))
         warn_if_open(job.host, key)
-        adapters = command.adapters_of(model, job.adapters, job.revision)
-        base, template = job.served_model_name or served_name(job.model), command.write_template(adapters, Path(target))
+        base = job.served_model_name or served_name(job.model)
+        adapters = command.adapters_of(model, job.adapters, job.revision, reserved=(base,))
+        template = command.write_template(adapters, Path(target))
         words, environment = command.launch(job, adapters, model, base, key, options, template)
         os.environ.update(environment)
         os.execv(words[0], words)

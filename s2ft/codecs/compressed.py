@@ -141,7 +141,7 @@ def codec_of(weights: dict[str, Any]) -> Codec:
     bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
     group, tile = weights.get("group_size"), weights.get("block_structure")
     whole = strategy in ("tensor", "channel")
-    if not weights.get("actorder"):
+    if weights.get("actorder") in (None, False, "weight", "static"):  # these two change the calibration alone
         if kind == "float" and bits == 8 and (whole or strategy == "block" and tile):
             return Float8((tile[0], tile[1]) if tile and not whole else None)
         if kind == "float" and bits == 4 and strategy == "tensor_group" and group == Nvfp4.block:

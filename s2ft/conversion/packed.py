@@ -3,7 +3,7 @@
 The new file has the base's bytes everywhere else. Its metadata names the base with its hash, and the adapter.
 
 Where a file is changed in place, a file beside it keeps the old bytes of the blocks. It is complete on the disk and has
-the name :data:`SUFFIX` before the first block is written, and another name after the last one is back. So whatever
+the name :data:`PATCHED` before the first block is written, and another name after the last one is back. So whatever
 interrupts a change, the old bytes can be put back; and the next switch to the same adapter computes nothing.
 """
 
@@ -38,7 +38,7 @@ from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.conversion import ollama
 from s2ft.export.streamed import temporary_folder, temporary_place
 from s2ft.files.plain_text import by_key, check_output, replace_file, sha256_of
-from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
+from s2ft.files.reading import MAX_TENSORS, PATCHED, check_finite, read_bytes, read_json
 from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base
 from s2ft.model.fingerprint import TOLERANCE, covered, sampled
@@ -100,7 +100,7 @@ def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[s
     if adapter.extra_weights:
         raise ValueError(
             f"adapter {adapter.name!r} trains {next(iter(adapter.extra_weights))} in full, which has no place in the "
-            "blocks of a file: merge it into a checkpoint"
+            "blocks: --dtype writes plain weights, where the base is no GGUF file"
         )
     for name, delta in adapter.deltas.items():
         projection = record.projections[name]
@@ -350,8 +350,6 @@ def _string(text: str) -> bytes:
 
 # ---- an adapter in the blocks of a file in place, and the file as it was --------------------------------------------
 
-SUFFIX = ".s2ft-base"  # of the file with the old bytes
-
 
 PARTS = ("rows", "blocks", "old", "new")  # of a change in that file
 
@@ -373,12 +371,12 @@ class Kept:
     digest: str
 
     @classmethod
-    def of(cls, path: Path, suffix: str = SUFFIX) -> "Kept | None":
+    def of(cls, path: Path, suffix: str = PATCHED) -> "Kept | None":
         """Read what is kept of a file; None if it is not patched.
 
         Args:
             path: The file.
-            suffix: :data:`SUFFIX` for the adapter that is in the file, :func:`_earlier` for one that was.
+            suffix: :data:`PATCHED` for the adapter that is in the file, :func:`_earlier` for one that was.
 
         Raises:
             ValueError: The file with the old bytes is damaged.
@@ -426,7 +424,7 @@ class Kept:
             if not (is_new | (now == change.old)).all():
                 raise ValueError(
                     f"{self.path} is not the file that was patched: it was replaced or changed since. Delete "
-                    f"{self.path.name}{SUFFIX} to keep it as it is"
+                    f"{self.path.name}{PATCHED} to keep it as it is"
                 )
             whole &= bool(is_new.all())
         return whole
@@ -438,7 +436,7 @@ class Kept:
 
     def rename(self, is_in_file: bool) -> None:
         """Give the file beside the name that says whether the adapter is in the file, maybe in part."""
-        names = [self.path.with_name(self.path.name + name) for name in (_earlier(self.digest), SUFFIX)]
+        names = [self.path.with_name(self.path.name + name) for name in (_earlier(self.digest), PATCHED)]
         os.replace(*(names if is_in_file else reversed(names)))
         _synchronize(self.path.parent)
 
@@ -542,7 +540,7 @@ def undo(file: str | Path) -> str:
     def restore(data: numpy.memmap) -> str:
         kept = Kept.of(path)
         if kept is None:
-            raise ValueError(f"{path} is not patched: there is no {path.name}{SUFFIX}")
+            raise ValueError(f"{path} is not patched: there is no {path.name}{PATCHED}")
         whole = kept.is_whole(data)
         _undo(kept, data)
         return f"{'' if whole else 'parts of '}adapter {kept.adapter!r}"

@@ -68,8 +68,8 @@ class Memory(TorchDispatchMode):
         if function is aten.rand.default and len(args[0]) == 0:  # decides if a layer is dropped: none is
             return output.fill_(1)
         if function in NORMS and self.device.type == "cpu" and args[NORMS[function]] is not None:
-            statistics = args[NORMS[function]].dtype  # the weight's dtype; the fake one uses the input's
-            return output[0], *(tensor.to(statistics) for tensor in output[1:])
+            # in the weight's dtype; the fake one uses the input's
+            return output[0], *(tensor.to(args[NORMS[function]].dtype) for tensor in output[1:])
         return output
 
     def watch(self, tensor: Tensor) -> None:

@@ -334,11 +334,17 @@ def _check_entries(entries: Entries, path: Path) -> None:
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
         if found is None:
             raise ValueError(f"{path}: {shortened(name)} is not the A or B of a linear layer's LoRA")
-        if dtype not in FLOATS or len(shape) != 2 or 0 in shape:
-            raise ValueError(f"{path}: {shortened(name)} must be a floating-point matrix, not {dtype} {shape}")
         other = {"A": "B", "B": "A"}[name[-8]]
-        if f"{PREFIX}{found[1]}.lora_{other}.weight" not in entries:
-            raise ValueError(f"{path}: {shortened(found[1])} has no lora_{other}")
+        refuse(
+            (
+                dtype not in FLOATS or len(shape) != 2 or 0 in shape,
+                f"{path}: {shortened(name)} must be a floating-point matrix, not {dtype} {shape}",
+            ),
+            (
+                f"{PREFIX}{found[1]}.lora_{other}.weight" not in entries,
+                f"{path}: {shortened(found[1])} has no lora_{other}",
+            ),
+        )
 
 
 def _rows_or_columns(

@@ -162,6 +162,7 @@ def check_finite(name: str, values: Tensor) -> None:
 
 ADAPTER = "adapter"  # the folder of the adapter in the output folder of a run
 TENSORS = "s2ft_adapter.safetensors"
+PATCHED = ".s2ft-base"  # behind the name of a file that `s2ft patch` has changed: the file with the old bytes
 CONFIG = "s2ft_config.json"  # PEFT and AutoModel would load an adapter_config.json as their own
 PENDING = f"{CONFIG}.next"  # exists while the tensors are replaced, and after a writer was stopped
 KIND = "an S²FT adapter"

@@ -461,9 +461,8 @@ class S2Layer(TrainableLayer):
             now = self._units(weight)
             self.base = cast(Tensor, self.base).to(now)
             is_ours = torch.equal(now, effective_units(*self._summands(self.base, s2)))  # for instance in other memory
-            # AveragedModel averages weight and s2 in place: `base` stays valid.
-            both_changed = self._written[1][1] == stamps[1][1] and self._written[0] != stamps[0]
-            if not (is_ours or both_changed):
+            # An average of parameters changes the weight and s2: `base` stays valid.
+            if not (is_ours or self._written[0] != stamps[0]):
                 self.base = now.clone()
 
     def fuse(self) -> None:
@@ -678,7 +677,10 @@ class S2Layer(TrainableLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> "S2Layer":
         made = memo[id(self)] = type(self).__new__(type(self))
         with WRITING:
-            state = copy.deepcopy({**self.__dict__, **self._FORGOTTEN}, memo)
+            state = {**self.__dict__, **self._FORGOTTEN}
+            if self.base is None and self.kind.read_only is None and not (self.awaits_order or is_spread(self.weight)):
+                state["base"] = self._units(self.weight)  # averages of copies change the weight and s2 alike
+            state = copy.deepcopy(state, memo)
         made.__setstate__(state)
         return made
 

@@ -48,7 +48,7 @@ class Split:
     @cached_property
     def owners(self) -> Tensor:
         """The rank that has each element, [extent] int64."""
-        owners = torch.empty(sum(part.numel() for part in self.elements), dtype=torch.int64)
+        owners = torch.empty(sum(part.numel() for part in self.elements), dtype=torch.int64, device="cpu")
         for rank, part in enumerate(self.elements):
             owners[part] = rank
         return owners
@@ -69,7 +69,7 @@ class Split:
             Which of them the rank has, as positions in `elements` [m] int64, and their places in its part [m] int64.
         """
         places = torch.full_like(self.owners, -1)
-        places[self.own_elements] = torch.arange(self.own_elements.numel())
+        places[self.own_elements] = torch.arange(self.own_elements.numel(), device="cpu")
         places = places[elements]
         return (places >= 0).nonzero().squeeze(1), places[places >= 0]
 
@@ -93,7 +93,7 @@ def split_of(tensor: Tensor) -> Split | None:
     if placement.is_replicate():
         return None
     dim = placement.dim % tensor.dim()
-    return Split(mesh, dim, cut_by(placement, torch.arange(tensor.shape[dim]), mesh.size()))
+    return Split(mesh, dim, cut_by(placement, torch.arange(tensor.shape[dim], device="cpu"), mesh.size()))
 
 
 # ---- what S²FT has to know about a kind of layer --------------------------------------------------------------------

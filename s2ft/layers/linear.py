@@ -225,14 +225,14 @@ class S2SplitLinear(S2Linear):
     def _set_units(self, start, end, index, delta_dtype) -> None:
         super()._set_units(start, end, index, delta_dtype)
         self.split = cast(Split, split_of(self.weight))
-        units = torch.arange(self.start, self.end) if self.index is None else self.index.cpu()
+        units = torch.arange(self.start, self.end, device="cpu") if self.index is None else self.index.cpu()
         if self.split.dim == self.dim:
             mine, places = self.split.local_places(units)
             by_place = places.argsort()
             mine, places = mine[by_place], places[by_place]
         else:  # the rank's block has all units, of which it has a part each
             mine, places = self.split.own_elements, units
-        is_range = places.numel() and torch.equal(places, torch.arange(places.numel()) + places[0])
+        is_range = places.numel() and torch.equal(places, torch.arange(places.numel(), device="cpu") + places[0])
         self.first: Any = int(places[0]) if is_range else None
         self.register_buffer("own", mine.to(self.weight.device), persistent=False)
         self.register_buffer("places", places.to(self.weight.device), persistent=False)

@@ -78,7 +78,7 @@ class Projection:
     def elements(self, units: Tensor) -> Tensor:
         """Return the elements [n * unit] int64 along `dim` of units [n]."""
         first = self.start + units * (self.unit if self.stride is None else self.stride)
-        return (first[:, None] + torch.arange(self.unit)).reshape(-1)
+        return (first[:, None] + torch.arange(self.unit, device="cpu")).reshape(-1)
 
 
 def in_one_weight(
@@ -217,9 +217,7 @@ class Coupling:
         return cls(kind, layer, producers, Projection("d", down, channels, 1, 1))
 
     @classmethod
-    def packed_gated_ffn(
-        cls, layer: int, *, gate_up: str, down: str, channels: int, kind: str = "ffn", expert: int | None = None
-    ) -> "Coupling":
+    def packed_gated_ffn(cls, layer: int, *, gate_up: str, down: str, channels: int, kind: str = "ffn") -> "Coupling":
         """Describe a gated feed-forward block with gate and up in one weight.
 
         Args:
@@ -228,7 +226,6 @@ class Coupling:
             down: Path of the last layer. Its inputs are the channels.
             channels: Number of channels.
             kind: Word for this coupling in reports.
-            expert: Which expert, where the paths are those of parameters [experts, outputs, inputs].
 
         Returns:
             The coupling of up, gate and `down` by their channels.
@@ -241,8 +238,8 @@ class Coupling:
             >>> [projection.name for projection in coupling.producers]
             ['model.layers.0.mlp.gate_up_proj.u', 'model.layers.0.mlp.gate_up_proj.g']
         """
-        gate, up = in_one_weight(gate_up, [("g", channels, 1), ("u", channels, 1)], expert=expert)
-        return cls(kind, layer, (up, gate), Projection("d", down, channels, 1, 1, expert=expert))
+        gate, up = in_one_weight(gate_up, [("g", channels, 1), ("u", channels, 1)])
+        return cls(kind, layer, (up, gate), Projection("d", down, channels, 1, 1))
 
     @classmethod
     def experts(
@@ -580,7 +577,9 @@ def _check_apart(couplings: list[Coupling]) -> None:
             raise ValueError(
                 f"projections that share a weight must have the same dim, size and transposed: those of {path} differ"
             )
-        elements = torch.cat([projection.elements(torch.arange(projection.count)) for projection in projections])
+        elements = torch.cat(
+            [projection.elements(torch.arange(projection.count, device="cpu")) for projection in projections]
+        )
         if elements.unique().numel() < elements.numel():
             raise ValueError(
                 f"couplings must have each element of a weight in one unit, and an element of {path} is in two: are "

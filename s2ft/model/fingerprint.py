@@ -105,7 +105,7 @@ def _readable(
 
 def sampled(count: int, samples: int = SAMPLES) -> Tensor:
     """The positions of the values that a fingerprint has of a weight of so many values."""
-    return torch.arange(0, count, max(1, count // samples))[:samples]
+    return torch.arange(0, count, max(1, count // samples), device="cpu")[:samples]
 
 
 def _every(tensor: Tensor, samples: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_shape
+from s2ft.files.reading import check_projection
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector, checked_couplings, in_one_weight
 from s2ft.model.discovery import Discovery, WeightRow, discover
@@ -378,6 +379,7 @@ def check_shapes(model: nn.Module, couplings: list[Coupling]) -> None:
     """
     for coupling in couplings:
         for projection in coupling.projections:
+            check_projection(projection.name, "couplings")  # else a trained adapter could not be saved
             _check_projection(model, projection)
         for vector in coupling.vectors:
             _check_vector(model, vector, {projection.count for projection in coupling.producers})

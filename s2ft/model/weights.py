@@ -262,17 +262,16 @@ def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | N
     Returns:
         The order [count] int64; position i gets unit order[i].
     """
-    depth = torch.zeros(count, dtype=torch.int64)  # number of producers that have selected the unit
+    depth = torch.zeros(count, dtype=torch.int64, device="cpu")  # number of producers that have selected the unit
     for units in producers:
         depth[units] += 1
-    consumed = torch.zeros(count, dtype=torch.bool)
+    consumed = torch.zeros(count, dtype=torch.bool, device="cpu")
     if consumer is not None:
         consumed[consumer] = True
     wide = len(producers)
     rank = torch.where(consumed, torch.where(depth > 0, 2 * wide - depth, 2 * wide), depth - 1)
     chosen = (consumed | (depth > 0)).nonzero().squeeze(1)
-    chosen = chosen[rank[chosen].argsort(stable=True)]
-    return place_first(count, chosen)
+    return place_first(count, chosen[rank[chosen].argsort(stable=True)])
 
 
 def order_in_blocks(blocks: Tensor, producers: Sequence[Tensor], consumer: Tensor | None) -> Tensor:
@@ -289,7 +288,7 @@ def order_in_blocks(blocks: Tensor, producers: Sequence[Tensor], consumer: Tenso
     Returns:
         The order [count] int64; position i gets unit order[i].
     """
-    order = torch.arange(blocks.numel())
+    order = torch.arange(blocks.numel(), device="cpu")
     for block in blocks.unique():
         units = (blocks == block).nonzero().squeeze(1)
         inside, *others = [
@@ -302,9 +301,9 @@ def order_in_blocks(blocks: Tensor, producers: Sequence[Tensor], consumer: Tenso
 
 def place_first(count: int, chosen: Tensor) -> Tensor:
     """Find an order [count] that starts with `chosen`. A unit that makes room goes to a place that became free."""
-    order = torch.arange(count)
+    order = torch.arange(count, device="cpu")
     size = chosen.numel()
-    is_chosen = torch.zeros(count, dtype=torch.bool)
+    is_chosen = torch.zeros(count, dtype=torch.bool, device="cpu")
     is_chosen[chosen] = True
     displaced = order[:size][~is_chosen[:size]]
     vacated = order[size:][is_chosen[size:]]
@@ -316,7 +315,7 @@ def place_first(count: int, chosen: Tensor) -> Tensor:
 def inverse(order: Tensor) -> Tensor:
     """Invert an order: position[unit] from order[position], both [count] int64."""
     positions = torch.empty_like(order)
-    positions[order] = torch.arange(order.numel())
+    positions[order] = torch.arange(order.numel(), device="cpu")
     return positions
 
 
@@ -333,8 +332,8 @@ def element_order(projection: Projection, order: Tensor) -> Tensor:
         projection: The projection. The elements of others in the same weight stay.
         order: Order of the units, [count] int64.
     """
-    elements = torch.arange(projection.extent)
-    elements[projection.elements(torch.arange(projection.count))] = projection.elements(order)
+    elements = torch.arange(projection.extent, device="cpu")
+    elements[projection.elements(torch.arange(projection.count, device="cpu"))] = projection.elements(order)
     return elements
 
 
@@ -355,7 +354,7 @@ class MovingTensor(NamedTuple):
 
     def changing(self) -> Tensor:
         """The positions that get another element, [n] int64."""
-        return (self.elements != torch.arange(self.elements.numel())).nonzero().squeeze(1)
+        return (self.elements != torch.arange(self.elements.numel(), device="cpu")).nonzero().squeeze(1)
 
     def permute(self, tensor: Tensor) -> None:
         """Reorder a tensor of the stored shape, in place. Every rank that has a shard of it must call this."""

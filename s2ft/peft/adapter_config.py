@@ -209,6 +209,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
                 self.group is not None,
                 "group: here units are chosen one by one: give units=s2ft.select(model, s2ft.S2FTConfig(...))",
             ),
+            (self.codec != "none", "codec: PEFT's layers do not round to the base's file: use s2ft.attach"),
             (
                 METRICS[self.selection].calibrated,
                 f"selection={self.selection!r} needs calibration data, for which PEFT has no argument: give "

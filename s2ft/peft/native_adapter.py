@@ -1,7 +1,7 @@
 """Units of PEFT's layers, and adapters of s2ft in a PeftModel."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -239,6 +239,11 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
             "model family that s2ft knows, or its weights are sharded",
         ),
         (
+            config.uncoupled,
+            f"adapter {adapter_name!r} trains {', '.join(config.uncoupled or ())} in no coupling, which an adapter of "
+            "s2ft can't hold: keep it in PEFT's form, or merge it",
+        ),
+        (
             config.trainable_token_indices is not None,
             f"adapter {adapter_name!r} has embeddings of single tokens (trainable_token_indices), which an adapter of "
             "s2ft can't hold: keep it in PEFT's form, or merge it",
@@ -252,8 +257,7 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
     selection = Selection(unit_tensors(config.units, "units"))
     extra_weights = {
         f"{path}.{name}": value.detach().cpu().clone()
-        for path, module in base.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for path, module in saved_modules(base, [adapter_name]).items()
         for name, value in module.modules_to_save[adapter_name].named_parameters()
     }
     return Adapter(
@@ -266,6 +270,28 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         None if config.couplings is None else [Coupling.from_dict(one) for one in config.couplings],
         extra_weights=extra_weights,
     )
+
+
+def saved_modules(base: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """The modules that adapters train in full, by path; of those that share a weight, the first.
+
+    Raises:
+        ValueError: One shares its weight with a module that PEFT does not train with it.
+    """
+    found = {
+        path: one
+        for path, one in base.named_modules()
+        if isinstance(one, ModulesToSaveWrapper) and set(names) & set(one.modules_to_save)
+    }
+    inside = tuple(f"{path}." for path in found)
+    firsts = {id(getattr(one.original_module, "weight", one)): path for path, one in reversed(found.items())}
+    for path, module in base.named_modules():
+        first = firsts.get(id(getattr(module, "weight", module)))
+        if first is not None and path not in found and not path.startswith(inside):
+            raise ValueError(
+                f"{first} shares its weight with {path}, which is not trained: set ensure_weight_tying=True"
+            )
+    return {path: found[path] for path in reversed(firsts.values())}
 
 
 def _values(base: nn.Module, config: Any, adapter_name: str) -> Iterator[tuple[ModuleUnits, Tensor]]:

@@ -146,10 +146,17 @@ class Selection:
         if path.is_dir():
             return read_folder(own_folder(path), _of_adapter)
         content = _read_object(path, "a selection")
-        if content.keys() != {"schema", "units", "digest"}:
-            raise ValueError(f"{path} is not a selection: it must have schema, units and digest, not {sorted(content)}")
-        if content["schema"] != SCHEMA or isinstance(content["schema"], bool):
-            raise ValueError(f"{path} has schema {content['schema']!r}; this s2ft reads schema {SCHEMA}")
+        schema = content.get("schema")
+        refuse(
+            (
+                content.keys() != {"schema", "units", "digest"},
+                f"{path} is not a selection: it must have schema, units and digest, not {sorted(content)}",
+            ),
+            (
+                schema != SCHEMA or isinstance(schema, bool),
+                f"{path} has schema {schema!r}; this s2ft reads schema {SCHEMA}",
+            ),
+        )
         return _checked(path, content["units"], content["digest"])
 
 
@@ -176,7 +183,8 @@ def with_units(config: S2FTConfig) -> S2FTConfig:
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    return replace(config, units=Selection.load(config.units).to_dict()) if isinstance(config.units, str) else config
+    units = Selection.load(config.units).to_dict() if isinstance(config.units, str) else config.units
+    return replace(config, units=units)  # a copy, so that the caller may change its own
 
 
 def unit_tensors(units: Any, what: str) -> dict[str, Tensor]:
@@ -466,7 +474,7 @@ def over_layers(request: Request, scores: Units, counts: dict[str, int], allowed
         cost = torch.tensor(costs).repeat_interleave(sizes)  # of each unit, one projection after the other
         ranking = best_first(torch.cat([scores[p.name] for p in projections]), smallest)
         ranking = ranking[torch.cat([allowed[p.name] for p in projections])[ranking]]
-        taken = torch.zeros(cost.numel(), dtype=torch.bool)
+        taken = torch.zeros(cost.numel(), dtype=torch.bool, device="cpu")
         taken[ranking[cost[ranking].cumsum(0) <= parameters]] = True
         for projection, mask in zip(projections, taken.split(sizes.tolist())):
             if bool(mask.any()):
@@ -505,7 +513,10 @@ def _select_groups(
     except ValueError as error:
         raise ValueError(f"in groups of {config.group} inputs: {error}") from error
     return Selection(
-        {path: (groups[:, None] * sizes[path] + torch.arange(sizes[path])).flatten() for path, groups in chosen.items()}
+        {
+            path: (groups[:, None] * sizes[path] + torch.arange(sizes[path], device="cpu")).flatten()
+            for path, groups in chosen.items()
+        }
     )
 
 
@@ -643,7 +654,9 @@ def allowed_units(
         ValueError: A projection or a unit in `exclude` does not exist in the model.
     """
     excluded = {} if exclude is None else named_units(couplings, exclude, "exclude")
-    allowed = {projection.name: torch.ones(projection.count, dtype=torch.bool) for projection in requested}
+    allowed = {
+        projection.name: torch.ones(projection.count, dtype=torch.bool, device="cpu") for projection in requested
+    }
     for coupling in couplings:
         for projection in coupling.projections:
             alike = (

@@ -358,7 +358,7 @@ class _Sums:
                 user = "" if data == "protect" else f"selection={self.request.config.selection!r}: "
                 raise ValueError(f"{user}no {data} batch {problem} {name}")
             # an expert may have received no token
-            total = self.sums.get(name, torch.zeros(projection.count, dtype=torch.float64))
+            total = self.sums.get(name, torch.zeros(projection.count, dtype=torch.float64, device="cpu"))
             split = split_of_units(self.request.model, projection)
             if split is not None:  # each rank has the sums of its own units
                 total = split.sum(total)
@@ -419,9 +419,9 @@ def random_scores(request: Request) -> Units:
                 seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little") >> 1
                 generator = torch.Generator().manual_seed(seed)
                 if over_layers:
-                    scores[projection.name] = torch.rand(count, dtype=torch.float64, generator=generator)
+                    scores[projection.name] = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
                 else:
-                    drawn = torch.randperm(count, generator=generator)
+                    drawn = torch.randperm(count, generator=generator, device="cpu")
                     scores[projection.name] = (count - 1 - drawn.argsort()).double()
     return scores
 

@@ -18,7 +18,7 @@ from s2ft.serve.engine import Engine, Event, Job
 from s2ft.serve.schemas import ApiError, ChatRequest, Sampled
 from s2ft.serve.server_options import ServerOptions
 from s2ft.text.adapter_prompts import KEY, Prompter
-from s2ft.text.encoding import context_length
+from s2ft.text.encoding import UNLIMITED, context_length
 from s2ft.text.generation import Sampler, TextStream
 from s2ft.text.prompts import PromptFormat
 
@@ -125,15 +125,16 @@ class Service:
         requested = body.max_completion_tokens if is_chat and body.max_completion_tokens else body.max_tokens
         if limit is not None and requested is not None and requested > limit:
             raise ApiError(400, "max_tokens_exceeded", f"{requested} tokens requested, but the limit is {limit}")
-        room = (limit or TOKENS_WITHOUT_A_CONTEXT) if self.context is None else self.context - prompt
-        if self.context is not None and room < (requested or 1):
+        room = self.context - prompt
+        if room < (requested or 1):
             raise ApiError(
                 400,
                 "context_length_exceeded",
                 f"the model's context is {self.context} tokens; the prompt has {prompt}, and at least "
                 f"{requested or 1} must be generated",
             )
-        return requested or min(room, limit or room, room if is_chat else TOKENS_OF_COMPLETION)
+        most = TOKENS_WITHOUT_A_CONTEXT if self.context == UNLIMITED else room
+        return requested or min(room, limit or most, room if is_chat else TOKENS_OF_COMPLETION)
 
 
 class Answer:

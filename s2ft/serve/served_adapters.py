@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft.adapter.folders import STATE, grouped, some, source_of
+from s2ft.adapter.folders import STATE, folders_of, grouped, some, source_of
 from s2ft.attached.loading import read_adapter
-from s2ft.config import check_adapter_name, refuse
+from s2ft.config import check_adapter_name
 from s2ft.files.reading import ADAPTER, CONFIG, stamp_of
 from s2ft.serve.schemas import ApiError, unknown_model
 from s2ft.text.adapter_prompts import recorded_format
@@ -67,30 +67,11 @@ class Adapters:
         self._served: dict[str, ServedAdapter] = {}
         self._added = 0
         self._lock = threading.Lock()  # guards the three fields above; no adapter is read while it is held
-        for name, folder in self._folders().items():
+        for name, folder in folders_of(self.sources, reserved).items():
             try:
                 self._add(name, folder)
             except (ValueError, OSError) as error:
                 self.refused[name] = reason_of(error, folder)
-
-    def _folders(self) -> dict[str, Path]:
-        """The folders of the sources by name. Raises ValueError for a name that two adapters or the base have."""
-        found: dict[str, Path] = {}
-        for name, folder in (pair for source in self.sources for pair in source.folders().items()):
-            first = found.setdefault(name, folder)
-            refuse(
-                (
-                    name in self.reserved,
-                    f"adapter {name!r} has the name of the base: rename its folder, or give the base another name "
-                    "with --served-model-name",
-                ),
-                (
-                    first.resolve() != folder.resolve(),
-                    f"two adapters are called {name!r}, {first} and {folder}: name one of them with "
-                    "--adapters NAME=DIR, or leave out its directory",
-                ),
-            )
-        return found
 
     def _add(self, name: str, folder: Path) -> None:
         """Check an adapter and serve it. Other requests go on meanwhile."""

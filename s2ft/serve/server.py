@@ -35,6 +35,7 @@ from s2ft.serve.engine import Engine, Event
 from s2ft.serve.schemas import ApiError, ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
 from s2ft.serve.served_adapters import Adapters
 from s2ft.serve.server_options import ServerOptions, warn_if_open
+from s2ft.text.encoding import UNLIMITED
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
@@ -323,7 +324,7 @@ def _model(service: Service, name: str) -> dict:
         "owned_by": "s2ft",
         "root": service.base,
         "parent": None if name == service.base else service.base,
-        "max_model_len": service.context,
+        "max_model_len": None if service.context == UNLIMITED else service.context,
     }
 
 

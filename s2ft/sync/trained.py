@@ -151,10 +151,9 @@ class PeftSource:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from peft.utils.other import ModulesToSaveWrapper
-
         from s2ft.peft import S2FTPeftConfig
         from s2ft.peft.layer import S2FTPeftLayer
+        from s2ft.peft.native_adapter import saved_modules
 
         self.model, base = model, model.get_base_model()
         self.names = list(model.active_adapters)
@@ -172,17 +171,12 @@ class PeftSource:
                     "(modules_to_save), or let TRL send the merged weights",
                 ),
             )
-        modules = dict(base.named_modules())
         self._layers = {
             path: module
-            for path, module in modules.items()
+            for path, module in base.named_modules()
             if isinstance(module, S2FTPeftLayer) and any(name in module.s2ft_delta for name in self.names)
         }
-        self._saved = {
-            path: module
-            for path, module in modules.items()
-            if isinstance(module, ModulesToSaveWrapper) and set(self.names) & set(module.modules_to_save)
-        }
+        self._saved = saved_modules(base, self.names)
         self._check_active(unmerged=True)
         _check_accounted(model, self._known())
         reshard_all(model)

@@ -136,8 +136,6 @@ class Chat:
         """Return the prompt's tokens, how many of the oldest messages it leaves out, and the longest answer."""
         context = context_length(self.model)
         ids = self.prompter.encode(messages, self.system)
-        if context is None:
-            return ids, 0, self.max_new_tokens
         room = context - min(self.max_new_tokens, max(1, context // SHARE))
         for start in (place for place, message in enumerate(messages) if message["role"] == "user"):
             ids = self.prompter.encode(messages[start:], self.system) if start else ids

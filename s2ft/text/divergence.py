@@ -253,7 +253,7 @@ def _batches(model, rows: Iterable[Row], batch_size: int) -> list[_Batch]:
     return [_padded(kept[start : start + batch_size]) for start in range(0, len(kept), batch_size)]
 
 
-def _checked(row: Row, number: int, longest: int | None) -> tuple[Tensor, Tensor]:
+def _checked(row: Row, number: int, longest: int) -> tuple[Tensor, Tensor]:
     """Return the token ids and the labels of a row."""
     if not isinstance(row, Mapping) or not {"input_ids", "labels"} <= row.keys():
         found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
@@ -266,7 +266,7 @@ def _checked(row: Row, number: int, longest: int | None) -> tuple[Tensor, Tensor
             f"{tuple(labels.shape)}",
         ),
         (
-            longest is not None and ids.numel() > longest,
+            ids.numel() > longest,
             f"row {number} has {ids.numel()} tokens, but the model's context has {longest}: cut the row",
         ),
     )
@@ -499,7 +499,7 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
 
 def longest_other_row(model) -> int:
     """Return the tokens of the longest row of other text: the context, but at most 1024, as in training."""
-    return min(context_length(model) or 1024, 1024)
+    return min(context_length(model), 1024)
 
 
 def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
@@ -531,7 +531,7 @@ def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 
         [{'input_ids': [100, 101, 1], 'labels': [100, 101, 1]}]
     """
     prompt = prompt_for_rows(tokenizer, rows, DataOptions())
-    how = {"max_length": longest, "too_long": "cut", "loss_on": "all", "completion_only": False}
+    how = {"max_length": longest, "too_long": "cut", "loss_on": "all", "completion_only": False, "skip_bad_rows": True}
     return some(tokenize_rows(rows, tokenizer, prompt, **how).dataset, most, seed)
 
 
@@ -625,6 +625,8 @@ def answer_rows(
         Token rows, in the order of the prompts.
     """
     switch, ends = base_switch(model) or contextlib.nullcontext, end_ids(tokenizer, model.generation_config)
+    room = context_length(_causal_model(model)) - max_new_tokens
+    prompts = [prompt for prompt in prompts if len(prompt) <= room]
     with switch(), evaluation_mode(model), torch.no_grad(), contiguous_head(model):
         answers = answer_ids(model, tokenizer, prompts, batch_size, max_new_tokens)
     rows = []

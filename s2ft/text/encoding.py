@@ -30,12 +30,13 @@ logger = logging.getLogger(__name__)
 LOSS_ON = {"assistant": "all answers of the assistant", "last": "the last answer", "all": "the whole text"}
 TOO_LONG = ("leave_out", "cut")
 Labelled = tuple[list[int], list[int]]  # the ids and the labels of a text
+UNLIMITED = 1 << 30
 ROWS = 200  # rows that are tokenized at once; more need more memory and are no faster
 
 
-def context_length(model) -> int | None:
-    """Return the longest sequence that the model's config allows, in tokens, or None if it has no such value."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(model) -> int:
+    """Return the longest sequence that the model's config allows, in tokens, or UNLIMITED if it has no such value."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
 class RowOutcome(IntEnum):
@@ -359,9 +360,10 @@ class PairEncoder(RowEncoder):
         start = min(*starts, in_common(*rows))
         is_long = max(map(len, rows)) > self.max_length
         chosen, rejected = (row[: self.max_length] for row in rows)
-        if is_long and (self.too_long != "cut" or start >= self.max_length):
+        same = chosen[start:] == rejected[start:]
+        if is_long and (self.too_long != "cut" or same):
             yield {"outcome": RowOutcome.LONG_ROW}
-        elif chosen[start:] == rejected[start:]:
+        elif same:
             yield {"outcome": RowOutcome.BAD, "problem": f"{row['place']}: chosen and rejected have the same tokens"}
         else:
             pair = {"prompt_ids": chosen[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}

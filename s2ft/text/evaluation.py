@@ -79,12 +79,11 @@ def examples_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
         yield Example(tuple(messages[:-1]), plain_text(messages[-1]), *scored)
 
 
-def read_examples(data: DataOptions | str | Iterable[str], limit: int | None = None) -> list[Example]:
+def read_examples(*files: str) -> list[Example]:
     """Read examples from files or data sets.
 
     Args:
-        data: The options of the data, or the name of a file or of several.
-        limit: Read the first rows only.
+        *files: Their names.
 
     Returns:
         The examples in the order of the rows.
@@ -100,9 +99,7 @@ def read_examples(data: DataOptions | str | Iterable[str], limit: int | None = N
         >>> example.question, example.output
         ('2+3=', 'The answer is 5.')
     """
-    if not isinstance(data, DataOptions):
-        data = DataOptions(data=[data] if isinstance(data, str) else [str(file) for file in data])
-    return list(examples_of(load_rows(data, limit=limit, scored=True)))
+    return list(examples_of(load_rows(DataOptions(data=[*files]), scored=True)))
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ class HeldOut:
     Attributes:
         rows: Token rows whose loss is computed, a Dataset with the columns input_ids and labels.
         examples: The same data as examples. They are answered only if `task` is set.
-        task: "arithmetic", "commonsense", or None for the loss alone.
+        task: One of TASKS, or None for the loss alone.
         max_new_tokens: Longest answer in tokens.
         prompt: The format of their prompts; None for the tokenizer's.
     """
@@ -149,7 +146,7 @@ class Evaluation:
     """The result of :func:`evaluate`.
 
     Attributes:
-        task: "arithmetic" or "commonsense".
+        task: One of TASKS.
         records: One record for each answered example.
         left_out: Number of examples whose prompt did not fit into the context.
         seconds: Time of the scoring.
@@ -275,7 +272,7 @@ def evaluate(
         (num_beams < 1, f"num_beams must be at least 1, got {num_beams}"),
     )
     answers = [right_answer(example, task) for example in examples]
-    prompts = encode_prompts(tokenizer, examples, (context_length(model) or 1 << 30) - max_new_tokens, prompt)
+    prompts = encode_prompts(tokenizer, examples, context_length(model) - max_new_tokens, prompt)
     start = time.perf_counter()
     texts = generate(model, tokenizer, list(prompts.values()), batch_size, max_new_tokens, title, num_beams)
     records = [
@@ -365,7 +362,7 @@ def compare(
     """
     drawn, switch = some(rows, most), base_switch(model)
     after = mean_loss(model, drawn, batch_size)
-    room = (context_length(model) or 1 << 30) - max_new_tokens
+    room = context_length(model) - max_new_tokens
     asked = ((row, prompts_of([row])[0]) for row in drawn if list(row["labels"])[1:2] == [IGNORED])
     answered = list(islice((one for one in asked if len(one[1]) <= room), samples))
     prompts = [prompt for _, prompt in answered]

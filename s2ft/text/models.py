@@ -93,8 +93,8 @@ def load_model(
     if quantization is not None:
         wanted["quantization_config"] = quantization
     with _parsed_once() if is_gguf else nullcontext():
-        tokenizer = _from_pretrained(transformers.AutoTokenizer, "a tokenizer", name, source, options)
-        config = None if is_gguf else _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
+        tokenizer = _from_pretrained(transformers.AutoTokenizer, name, source, options, "a tokenizer")
+        config = None if is_gguf else _from_pretrained(transformers.AutoConfig, name, source, options)
         settings = getattr(config, "quantization_config", None) or {}
         is_compressed = settings.get("quant_method") == COMPRESSED
         if is_compressed:
@@ -105,7 +105,7 @@ def load_model(
                 raise ValueError(f"{name} has weights in several formats, and transformers unpacks all by one of them")
             wanted["config"] = _unpacking(config)
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
-        found = (_packed_model if keep_packed else _from_pretrained)(auto, MODEL, name, source, wanted)
+        found = (_packed_model if keep_packed else _from_pretrained)(auto, name, source, wanted)
     model, missing = (found, ()) if keep_packed else (found[0], sorted(found[1]["missing_keys"]))
     missing = () if is_compressed else missing  # releases differ in the names of such weights
     if missing:  # transformers fills them with random numbers
@@ -133,7 +133,7 @@ def _refuse_what_is_ignored(model, inputs, named) -> None:
         )
 
 
-def _packed_model(kind, what: str, name: str, source: str, options: dict):
+def _packed_model(kind, name: str, source: str, options: dict):
     """Load a GGUF file of which linear layers keep the blocks. No more than one weight is unpacked at a time."""
     check_packages("keep_packed")
     import torch
@@ -222,7 +222,7 @@ def hollow_model(name: str):
 
     source, options = locate(name)
     _check_hub(name, source, None)
-    config = _from_pretrained(transformers.AutoConfig, "a config", name, source, {**options, **_remote(None, False)})
+    config = _from_pretrained(transformers.AutoConfig, name, source, {**options, **_remote(None, False)}, "a config")
     named = (getattr(transformers, architecture, None) for architecture in config.architectures or ())
     autos = (getattr(transformers, auto) for auto in AUTO)
     known = (auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping)
@@ -266,7 +266,7 @@ def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callabl
     if options:
         raise CannotStream(f"{name} is a GGUF file, which has to be unpacked")
     _check_hub(name, source, None)
-    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, _remote(None, False))
+    config = _from_pretrained(transformers.AutoConfig, name, source, _remote(None, False))
     if getattr(config, "quantization_config", None) is not None:
         raise CannotStream(f"the weights of {name} are quantized")
     of_files = dtype_of_files or (lambda: torch.float32)
@@ -322,7 +322,7 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     source, options = locate(name)
-    return _from_pretrained(AutoTokenizer, "a tokenizer", name, source, {**options, **_remote(None, False)})
+    return _from_pretrained(AutoTokenizer, name, source, {**options, **_remote(None, False)}, "a tokenizer")
 
 
 def dtype_of_base(adapter, dtype: str = "auto") -> str:
@@ -396,7 +396,7 @@ def _auto_class(config):
     return auto if multimodal else transformers.AutoModelForCausalLM
 
 
-def _from_pretrained(kind, what: str, name: str, source: str, options: dict):
+def _from_pretrained(kind, name: str, source: str, options: dict, what: str = MODEL):
     try:
         return kind.from_pretrained(source, **options)
     except Exception as error:  # a broken file can raise any error; tokenizers raises a plain Exception

@@ -175,11 +175,6 @@ class SFTArguments(RunArguments, SFTConfig):
                 self.dataset_kwargs,
                 f"dataset_kwargs is not used: s2ft prepares the rows itself, got {self.dataset_kwargs!r}; leave it out",
             ),
-            (
-                self.truncation_mode != "keep_start",
-                f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or "
-                "cut at its end, see too_long",
-            ),
             (self.packing and self.max_length is None, "packing joins rows up to max_length: give it a number"),
             (
                 self.packing and self.packing_strategy == "wrapped",
@@ -326,6 +321,10 @@ def _check(arguments: Any) -> None:
             for name, value in given.items()
         ),
         *((given.get(name), f"{name} does not work here: {reason}") for name, reason in arguments.refused.items()),
+        (
+            given.get("truncation_mode", "keep_start") != "keep_start",
+            "truncation_mode does not work here: a row that is too long is left out or cut at its end, see too_long",
+        ),
         (
             arguments.hub_strategy not in ("end", "every_save"),
             f"hub_strategy {arguments.hub_strategy!r} does not work here: the adapter is uploaded once, at the end",

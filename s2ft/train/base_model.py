@@ -59,6 +59,11 @@ def load_base(options: ModelOptions, arguments: Any):
         if token is not None:
             if token not in tokenizer.get_vocab():
                 raise ValueError(f"{name} {token!r} is not in the vocabulary of {options.model_name_or_path}")
+            if name == "eos_token" and token != tokenizer.eos_token:
+                logger.warning(
+                    "adapters do not record eos_token: other commands stop at %r only if the chat template writes it",
+                    token,
+                )
             setattr(tokenizer, name, token)
     return model, tokenizer
 

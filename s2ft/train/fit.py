@@ -314,8 +314,8 @@ class JsonlLog(TrainerCallback):
             kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.clock = time.perf_counter()  # the evaluation does not count in the tokens per second
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.clock += (metrics or {}).get("eval_runtime", 0.0)  # the evaluation does not count in the tokens per second
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or not state.is_world_process_zero:

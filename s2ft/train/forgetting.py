@@ -149,18 +149,15 @@ class ForgettingMeter(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Measure at every few steps, at the last one, and with a limit before a checkpoint."""
         last = state.global_step >= state.max_steps or control.should_training_stop
-        if last or state.global_step % self._steps == 0 or (self._limits and control.should_save):
-            self._measure(state, control, model, args)
+        may_save = control.should_save or control.should_evaluate  # which a checkpoint of the best loss follows
+        if last or state.global_step % self._steps == 0 or (self._limits and may_save):
+            if state.global_step not in self.measured:
+                self._measure(state, control, model, args)
             control.should_log = True
-        self.on_epoch_end(args, state, control)
+        if self.stopped_at is not None:  # the values may be those of an earlier step, without its optimizer's state
+            control.should_save = control.should_evaluate = False
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Let no checkpoint be written after a limit has ended the run.
-
-        The values may be those of an earlier step, which do not belong to the optimizer's state.
-        """
-        if self.stopped_at is not None:
-            control.should_save = False
+    on_epoch_end = on_step_end  # where checkpoints of epochs are asked for
 
     def on_save(self, args, state, control, model=None, **kwargs):
         """Measure the state of a checkpoint that was asked for after the step, such as the one with the best loss."""

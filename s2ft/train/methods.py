@@ -10,7 +10,7 @@ from s2ft.packages import check_packages
 from s2ft.text.collator import calibration_for, needs_calibration
 from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
 from s2ft.text.divergence import row_of_prompt
-from s2ft.text.encoding import context_length, encode_pairs, token_row, tokenize_rows
+from s2ft.text.encoding import UNLIMITED, context_length, encode_pairs, token_row, tokenize_rows
 from s2ft.text.evaluation import HeldOut, compare, examples_of, fitting, right_answer
 from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_for_rows, with_columns
 from s2ft.train.fit import Finetuned, check_dtype, dpo, grpo, log_errors, sft
@@ -39,8 +39,16 @@ class Method(ABC):
     suggests_rate = False
     shape: Shape = EXAMPLES
 
-    def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
+    def check(self, run: Run) -> None:
         """Check the options before anything is read. Raises ValueError."""
+        metric = str(run.arguments.metric_for_best_model).removeprefix("eval_")
+        refuse(
+            (
+                run.options.early_stopping_patience and not run.arguments.load_best_model_at_end,
+                "early_stopping_patience keeps the best checkpoint: leave load_best_model_at_end out",
+            ),
+            (metric == "accuracy" and not run.options.eval_task, "metric_for_best_model accuracy needs eval_task"),
+        )
 
     def read(self, run: Run) -> tuple[Any, Any]:
         """Return the training rows, and the held-out rows or None.
@@ -88,7 +96,7 @@ class Method(ABC):
 
 def _room(run: Run, model) -> int:
     """Tokens of the longest row."""
-    return min(run.arguments.max_length or 1 << 30, context_length(model) or 1 << 30)
+    return min(run.arguments.max_length or UNLIMITED, context_length(model))
 
 
 class SFT(Method):
@@ -148,6 +156,7 @@ class RL(Method):
     """What DPO and GRPO share: they need whole models."""
 
     def check(self, run: Run) -> None:
+        super().check(run)
         refuse_sharding(run.arguments, f"s2ft {self.name}")
         refuse(
             (run.options.eval_task, f"eval_task {FOR_SFT}"), (run.data.last_answer_only, f"last_answer_only {FOR_SFT}")
@@ -213,7 +222,7 @@ class GRPO(RL):
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
         arguments = run.arguments
         prompt = self.prompt(run, model, tokenizer, rows)
-        room = (context_length(model) or 1 << 30) - arguments.max_completion_length
+        room = context_length(model) - arguments.max_completion_length
         kept, longest = _fitting(with_columns(rows, prompt), tokenizer, room, run, "prompts")
         others, other = None, 0
         if held_out is not None:

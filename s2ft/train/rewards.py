@@ -134,7 +134,7 @@ def is_equal(text: str, answer: str) -> bool:
     rest = after_thinking(text)
     if rest is None:
         return False
-    expected = (marked_answers(answer) or [answer])[-1].strip()
+    expected = (marked_answers(answer) or [answer])[-1].strip().replace("\u2212", "-")
     marked, phrase = marked_answers(rest), PHRASE.findall(rest)
     said = (marked or phrase or [rest])[-1]
     number = NUMBER.fullmatch(expected.strip(OUTER.replace("$", "").replace(".", "") + "%").removesuffix("."))

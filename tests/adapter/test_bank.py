@@ -238,6 +238,9 @@ def test_experts_and_weights_trained_in_full_are_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             enter(bank, "heads", name)
     enter(bank, "heads")
+    model.config.model_type = "xlnet"  # whose layers get the time first
+    with pytest.raises(ValueError, match=r"inputs are not \[sequences, ...\]"):
+        AdapterBank(model, tmp_path)
 
 
 def test_adapters_of_both_sides_of_a_layer_are_refused(folder, model, tmp_path):

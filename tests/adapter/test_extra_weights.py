@@ -73,6 +73,16 @@ def test_a_weight_is_unfrozen_in_the_middle_of_training():
     assert same(s2ft.get_adapter(model, "default").extra_weights, found) and same(s2ft.detach(model), BASE)
 
 
+def test_a_weight_of_an_adapter_below_is_not_unfrozen_by_hand():
+    model = train(attached())
+    s2ft.freeze_adapter(model)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), "b", on_top=True)
+    model.classifier.requires_grad_(True)
+    with pytest.raises(ValueError, match="both have classifier.weight trained in full"):
+        train(model)
+    assert same(s2ft.detach(model), BASE)
+
+
 def test_a_weight_that_was_unfrozen_by_hand_is_kept_where_a_module_inside_is_called():
     model = attached()
     model.bert.embeddings.LayerNorm.requires_grad_(True)

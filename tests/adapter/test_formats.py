@@ -304,8 +304,9 @@ def api(monkeypatch):
 
 def test_what_is_pushed(api, tmp_path):
     model = trained("llama")
-    push_to_hub(model, "adapter", token="t", private=True, revision="dev")
+    push_to_hub(model, "adapter", token="t", private=True, revision="dev", message="m")
     assert api.call_args_list == [call(token="t")]
+    assert api().create_commit.call_args.kwargs["commit_message"] == "m"
     api().create_repo.assert_called_once_with("adapter", private=True, exist_ok=True)
     api().create_branch.assert_called_once_with("org/adapter", branch="dev", exist_ok=True)
     assert uploaded(api).keys() == FILES | {"README.md"}

@@ -304,6 +304,7 @@ def test_a_number_that_is_none_is_refused_by_name(name, number):
 def test_a_format_without_a_codec_is_refused(changes):
     with pytest.raises(ValueError, match="NVFP4, and INT4 and INT8"):
         codec_of({**ARGUMENTS["int4 by group"], **changes})
+    codec_of({**ARGUMENTS["int4 by group"], "actorder": "static"})  # changes the calibration alone
 
 
 # ---- some rows or columns ------------------------------------------------------------------------------------

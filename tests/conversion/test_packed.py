@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 from support.convert_hf_to_gguf import convert
-from support.inside import SUFFIX, Change, GgufFile, Kept, export_packed, load_model, patch, state, undo
+from support.inside import PATCHED, Change, GgufFile, Kept, export_packed, load_model, patch, state, undo
 from train.tiny import base_of, save_random_adapter
 
 import s2ft
@@ -137,6 +137,8 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeyp
     assert all(torch.equal(value, tuned[name]) for name, value in weights(copy).items())
     with pytest.raises(ValueError, match="has adapter 'math' in place: s2ft patch .* --undo first"):
         export_packed(str(copy), math, tmp_path / "twice.gguf")
+    with pytest.raises(ValueError, match="has an adapter in place"):  # in another dtype the samples are near enough
+        s2ft.load_adapter(load_model(str(copy), "bfloat16")[0], math)
     (tmp_path / "link.gguf").symlink_to(copy)
     with pytest.raises(ValueError, match="is one of several names of a file"):
         patch(tmp_path / "link.gguf", chat)
@@ -156,7 +158,7 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeyp
         patch(copy, math)
     assert digest(copy) == once
     assert "'math'" in undo(copy) and digest(copy) == digest(base) and "is not patched" in state(copy)
-    assert len(list(copy.parent.glob("model.gguf.s2ft-*"))) == 2 and not copy.with_name(copy.name + SUFFIX).exists()
+    assert len(list(copy.parent.glob("model.gguf.s2ft-*"))) == 2 and not copy.with_name(copy.name + PATCHED).exists()
 
 
 def test_what_an_earlier_switch_has_left_is_not_used_for_another_file_or_adapter(small, copy, tmp_path):
@@ -238,7 +240,7 @@ def test_a_change_that_is_interrupted_can_be_undone(small, copy, monkeypatch, st
         interrupt(context, step, 1 if step != "write" else number)
         patch(copy, math)
         undo(copy)
-    kept = copy.with_name(copy.name + SUFFIX)
+    kept = copy.with_name(copy.name + PATCHED)
     if kept.exists():
         state(copy), undo(copy)
     assert digest(copy) == digest(base) and not kept.exists()
@@ -262,7 +264,7 @@ def test_a_change_that_is_interrupted_can_be_undone(small, copy, monkeypatch, st
 def test_a_mistake_changes_nothing(small, copy, tmp_path, monkeypatch, mistake, error, words):
     _, math, chat = small
     patch(copy, math)
-    path, kept, other = copy, copy.with_name(copy.name + SUFFIX), None
+    path, kept, other = copy, copy.with_name(copy.name + PATCHED), None
     if mistake == "another base":
         (tmp_path / "made").mkdir()
         chat = make_adapter(make_base(tmp_path / "made", "q4_1", seed=1), tmp_path / "made/adapter")
@@ -306,5 +308,5 @@ def refusing(function):
 
 
 def test_what_is_not_patched_is_not_undone(copy):
-    with pytest.raises(ValueError, match=f"is not patched: there is no model.gguf{SUFFIX}"):
+    with pytest.raises(ValueError, match=f"is not patched: there is no model.gguf{PATCHED}"):
         undo(copy)

@@ -108,8 +108,7 @@ KILLS = [
 
 
 def train_to_the_end(rank, way, folder, resumed=None):
-    made = run_trainer(way, attached("llama"), folder, resumed=resumed)
-    made.save_model(str(folder / "final"))
+    run_trainer(way, attached("llama"), folder, resumed=resumed).save_model(str(folder / "final"))
 
 
 @pytest.mark.parametrize("way, victim, point", KILLS)

@@ -104,8 +104,7 @@ def with_torch(rank, case, layout, directory, selection, real, first_keeps):
     """The ranks in `real` have weights when they attach, which the first one may shard. Returns whether the base is unchanged after detach."""
     model = model_of(case) if rank in real else meta_of(model_of(case))
     attach_to(model, case, layout, selection=selection)
-    state = (model if real else model_of(case)).state_dict()
-    shard_and_load(model, rank, state, first_keeps and rank == 0)
+    shard_and_load(model, rank, (model if real else model_of(case)).state_dict(), first_keeps and rank == 0)
     train(model, rank)
     s2ft.save_adapter(model, directory)
     return base_is(s2ft.detach(model), case)

@@ -116,6 +116,7 @@ BAD = {
     "pattern alone": (dict(d_ratio=0.1, layers_pattern="layers"), "needs layers_to_transform"),
     "layers and targets": (dict(target_modules=["down_proj"], ratio=0.1, layers=[0]), "give layers_to_transform"),
     "calibration": (dict(d_ratio=0.1, selection="activation"), r"units=s2ft\.select\(model"),
+    "codec": (dict(d_ratio=0.1, codec="auto"), "do not round to the base's file"),
     "groups": (dict(d_ratio=0.1, group=4), r"one by one: give units=s2ft\.select\(model"),
     "no such order": (dict(d_ratio=0.1, order="best"), "order must be one of"),
     "experts not listed": (dict(target_parameters="block.stack", ratio=0.5), "target_parameters must be a list"),
@@ -262,6 +263,11 @@ REFUSED = {
     "sum by svd": (two_of, adds_up(["a"], [1], "sum", "svd"), "linear"),
     "sum of heads": (two_heads, adds_up(["a", "b"], [1, 1], "sum"), "modules_to_save"),
     "no family in native form": (of_no_family, to_native, "family"),
+    "a module in no coupling": (
+        lambda: peft_of("llama", target_modules=["down_proj", "lm_head"], ratio=0.1),
+        to_native,
+        "lm_head in no coupling",
+    ),
     "no such adapter": (of_no_family, lambda model: to_native(model, "other"), "'other'"),
     "mixed names": (two_of, mixed(MIX[:3]), "adapter_names"),
     "mixed in training": (lambda: two_of().train(), mixed(MIX), "training mode"),
@@ -378,6 +384,16 @@ def test_to_native_keeps_modules_to_save():
     assert torch.equal(base.model.norm.weight, 2 * model_of("llama").model.norm.weight)
     with pytest.raises(ValueError, match="model.norm.weight trained in full"):
         from_native(model_of("llama"), found)
+
+
+def test_a_tied_weight_is_trained_with_both_modules_or_refused_in_native_form():
+    saved = dict(d_ratio=0.2, modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match="shares its weight with lm_head, .* ensure_weight_tying"):
+        to_native(peft_of("qwen2-grouped-tied", **saved))
+    model = peft_of("qwen2-grouped-tied", ensure_weight_tying=True, **saved)
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.modules_to_save["default"].weight.mul_(2)
+    assert torch.equal(output_of(with_loaded(model_of("qwen2-grouped-tied"), to_native(model))), output_of(model))
 
 
 # ---- several adapters ----------------------------------------------------------------------------------

@@ -66,8 +66,7 @@ def running(adapters, model=None, **options):
     thread.start()
     try:
         eventually(lambda: server.started or not thread.is_alive(), "the server")
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}", service
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", service
     finally:
         server.should_exit = True
         thread.join(30)

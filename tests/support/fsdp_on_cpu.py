@@ -50,7 +50,7 @@ if __name__ == "__main__":
     from s2ft.cli.main import main
 
     status = main()
-    kind = AcceleratorState._shared_state["distributed_type"].name
-    sys.stdout.write(f"ran as {kind}\n")  # in one piece, because several ranks write
+    # in one piece, because several ranks write
+    sys.stdout.write(f"ran as {AcceleratorState._shared_state['distributed_type'].name}\n")
     sys.stdout.flush()
     sys.exit(status)

@@ -37,7 +37,7 @@ MODULES = {
     "conversion.merged": "export write_merged",
     "export.streamed": "temporary_folder",
     "conversion.ollama": "modelfile",
-    "conversion.packed": "Change export:export_packed Kept patch state SUFFIX tuned_weights undo",
+    "conversion.packed": "Change export:export_packed Kept patch state PATCHED tuned_weights undo",
     "files": "reading",
     "files.reading": "CONFIG CONFIG:AdapterFolderCONFIG has_adapter PENDING stamp_of TENSORS TENSORS:AdapterFolderTENSORS",
     "files.streaming": "lay_out stored_tensors StoredTensor",

@@ -29,7 +29,6 @@ def pairs_mostly_slow(cases: Iterable, first: Iterable, second: Iterable) -> lis
 
 def rest_slow(cases: Iterable, some: Iterable) -> list:
     """Return all cases. Those that are not in `some` are slow."""
-    some = set(some)
     return [case if case in some else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 

@@ -37,8 +37,8 @@ def test_only_slices_move(which, layout, dtype):
     base = model_of("llama-grouped", dtype)
     model = with_adapter(copy.deepcopy(base), everything("llama-grouped", layout=layout))
     before = frozen(model)
-    candidates = [p for p in model.parameters() if which != "muon" or p.requires_grad]  # Muon takes only matrices
-    optimizer = OPTIMIZERS[which](candidates)
+    # Muon takes only matrices
+    optimizer = OPTIMIZERS[which]([p for p in model.parameters() if which != "muon" or p.requires_grad])
     losses = train(model, 8, optimizer=optimizer)
     assert losses[-1] < losses[0] and {id(p) for p in optimizer.state} == {id(p) for p in slices(model).values()}
     for p, state in optimizer.state.items():

@@ -152,3 +152,6 @@ def test_long_pairs_are_left_out_or_cut(tmp_path):
     assert len(cut) == 2 and max(len(row["prompt_ids"] + row["chosen_ids"]) for row in cut) == 100
     with pytest.raises(ValueError, match="none of 2 rows fits.* 2 with a prompt and an answer"):
         encode_pairs(rows, max_length=20, **how)
+    late = {**ASKED, "chosen": [assistant("5" * 90)], "rejected": [assistant("5" * 90 + "6")]}  # differ after the cut
+    rows = load_rows(DataOptions(data=[str(write_jsonl(tmp_path / "late.jsonl", [ASKED, late]))]), shape=PAIRS)
+    assert "1 too long row left out" in str(encode_pairs(rows, max_length=100, too_long="cut", **how))

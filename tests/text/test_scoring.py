@@ -143,7 +143,7 @@ def test_examples_are_read_like_training_data(tmp_path):
     ]
     rows = [{"messages": chat}, {"prompt": chat[:2], "completion": chat[2:]}, {"prompt": "2+3=", "completion": "5"}]
     files = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows)
-    first, second, text, again = read_examples(files, limit=4)
+    first, second, text, again = read_examples(*map(str, files))[:4]
     for found in (first, second, again):
         assert (found.question, found.output, found.answer) == ("3", "4", None)
         assert [message["content"] for message in found.conversation] == ["b", "1", "2", "3"]

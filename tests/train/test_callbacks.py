@@ -18,7 +18,7 @@ def train(bar, zero=True):
         bar.on_step_end(None, state(step, zero), None)
         bar.on_log(None, state(step, zero), None, {"loss": 1 / step, "learning_rate": 1e-4})
         bar.on_log(None, state(step, zero), None, {"eval_loss": 0.5, "eval_accuracy": 0.25})
-        bar.on_evaluate(None, state(step, zero), None)
+        bar.on_evaluate(None, state(step, zero), None, metrics={"eval_runtime": 1e-6})
     bar.on_log(None, state(3, zero), None, {"train_runtime": 1.0})
     bar.on_train_end(None, state(3, zero), None)
 

@@ -110,8 +110,7 @@ def test_a_limit_ends_the_run_where_it_says(whole, tmp_path, caplog, name, value
     assert f"the values of step {step} are kept" in caplog.text
     assert sorted(measured(folder)) == list(range(1, step + 2))
     assert not (folder.path / f"checkpoint-{step + 1}").exists()
-    kept = s2ft.get_adapter(adapter_of(whole[1], step), "default").deltas
-    check_values(folder, kept)
+    check_values(folder, s2ft.get_adapter(adapter_of(whole[1], step), "default").deltas)
     assert result.drift == meter.measured[step] and getattr(result.drift, value) <= limit
     assert mean_loss(model, other_rows()) == pytest.approx(result.drift.other_loss, rel=1e-6)
 
@@ -150,6 +149,15 @@ def test_the_best_checkpoint_is_kept_if_the_run_asks_for_it(whole, tmp_path):
     _, folder, result, _ = run(tmp_path, meter=meter, evaluated=3, **changes)
     assert result.stopped_at == 5 and result.best_step == result.kept_step == 4
     check_values(folder, s2ft.read_adapter(folder.path / "checkpoint-4").deltas)
+
+
+@pytest.mark.parametrize("when", ({"save_strategy": "epoch"}, {"save_strategy": "best", "eval_steps": 4}), ids=str)
+def test_no_checkpoint_beyond_a_limit_becomes_the_adapter(whole, tmp_path, when):
+    """An epoch has four steps. The meter measures at every third one, and before each checkpoint."""
+    changes = dict(eval_strategy="steps" if "eval_steps" in when else "epoch", load_best_model_at_end=True, **when)
+    meter = {"other": None, "every": 3, "stop_at_kl": limit_behind(whole[3], 3)}
+    result = run(tmp_path, meter=meter, evaluated=3, num_train_epochs=3, max_steps=-1, **changes)[2]
+    assert (result.stopped_at, result.kept_step) == (4, 3)
 
 
 # ---- other trainers ------------------------------------------------------------------------------------
@@ -235,6 +243,7 @@ def test_answers_are_those_of_the_base_one_by_one():
     expected = [[*prompt, *greedy(model, prompt, 6)] for prompt in prompts]
     randomize(with_adapter(model, CONFIG), std=1.0)
     rows = answer_rows(model, tokenizer, prompts, 6, 2)
+    assert answer_rows(model, tokenizer, [[5] * 251, *prompts], 6, 2) == rows  # the first leaves no room for an answer
     assert [row["input_ids"] for row in rows] == expected and rows[1]["labels"] == [-100, -100, *expected[1][2:]]
 
 

@@ -12,8 +12,7 @@ ROWS = [line.split("|")[2:8] for line in rates.__doc__.splitlines() if line.star
 
 @pytest.mark.parametrize("width, share, size, task, good, rule", ([cell.strip(" ?") for cell in row] for row in ROWS))
 def test_each_known_rate_is_near_the_rule(width, share, size, task, good, rule):
-    updates = 16 if "16 updates" in task else 32
-    found = rates.suggested_rate(int(width), float(share), float(size), updates)
+    found = rates.suggested_rate(int(width), float(share), float(size), 16 if "16 updates" in task else 32)
     assert found == float(rule) and all(0.1 <= found / float(one) <= 10 for one in good.split(" to "))
 
 

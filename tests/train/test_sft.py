@@ -267,6 +267,9 @@ def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog
     _, again, resumed = run(tmp_path / "cut", resume=True, evaluated=other_rows(), options=options, **BEST)
     assert resumed.steps == result.steps and resumed.best_step == best
     check_same(again, folder)
+    worse = {**BEST, "save_strategy": "best", "eval_steps": 1, "save_steps": 1}
+    _, stopped, _ = run(tmp_path / "stopped", evaluated=other_rows(), options={"stop_after": best + 3}, **worse)
+    assert (stopped.path / f"checkpoint-{best + 3}").exists()  # though its evaluation is not the best
 
 
 # ---- learning rates ------------------------------------------------------------------------------------

@@ -84,11 +84,11 @@ def launch(adapters, sources=(), key=None, options=(), template=None, **job):
 def test_the_command_line_and_the_variables(tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
     monkeypatch.setattr(vllm, "find_distribution", lambda package: "0.32.0")
-    adapters = [served("a", "x", o_proj=1), served("b", "y", o_proj=2)]
+    adapters = [served("a", "x", o_proj=1), served("b", "lr=2,y", o_proj=2)]
     job = dict(slices=True, slice_units="9", load_in_4bit=True, revision="v2")
     line, environment = launch(adapters, [tmp_path], "key", template=tmp_path / "t", **job)
     assert line[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "m"] and "key" not in line
-    assert line[-3:] == ["--lora-modules", "a=x", "b=y"]
+    assert line[-3:] == ["--lora-modules", '{"name": "a", "path": "x"}', '{"name": "b", "path": "lr=2,y"}']
     assert value(line, "--quantization") == "bitsandbytes" and value(line, "--revision") == "v2"
     assert value(line, "--chat-template") == str(tmp_path / "t") and "--trust-remote-code" not in line
     assert environment == {
@@ -111,7 +111,7 @@ def test_vllm_replaces_the_process(work, launched):
     assert line[2:4] == ["vllm.entrypoints.openai.api_server", "--model"]  # without a package vllm
     assert line[4] == str(work / "model") and value(line, "--port") == "1234" and value(line, "--dtype") == "float32"
     assert value(line, "--served-model-name") == "model" and value(line, "--max-model-len") == "64"
-    assert line[-2:] == [f"{name}={work / 'adapters' / name}" for name in ("a0", "a1")]
+    assert [json.loads(one)["path"] for one in line[-2:]] == [str(work / "adapters" / name) for name in ("a0", "a1")]
     assert environment["VLLM_API_KEY"] == "key" and environment["S2FT_VLLM_ADAPTERS"] == str(work / "adapters")
     assert int(value(line, "--max-lora-rank")) >= 8
     assert serve(work, "--port", "0") == 0 and 0 < int(value(launched["line"], "--port")) < 1 << 16
@@ -158,8 +158,10 @@ def test_adapters_that_cannot_be_served_are_left_out(work, tmp_path, caplog):
 def test_a_base_that_cannot_be_built_and_an_adapter_that_does_not_record_its_modules(work, monkeypatch):
     expected = {one.name: one.ranks for one in vllm.adapters_of(str(work / "model"), [str(work / "adapters")])}
     monkeypatch.setattr(vllm, "hollow_model", Mock(side_effect=ValueError("the model has code of its own")))
-    found = vllm.adapters_of(str(work / "model"), [str(work / "adapters")])
-    assert {one.name: one.ranks for one in found} == expected
+    found = vllm.adapters_of(str(work / "model"), [str(work / "adapters"), str(work / "adapters" / "a0")])
+    assert {one.name: one.ranks for one in found} == expected  # the same folder twice is one adapter
+    with pytest.raises(ValueError, match="'a0' has the name of the base"):
+        vllm.adapters_of(str(work / "model"), [str(work / "adapters")], reserved=["a0"])
     read = vllm.native.read_without_values
     monkeypatch.setattr(
         vllm.native, "read_without_values", lambda folder: dataclasses.replace(read(folder), structure=None)

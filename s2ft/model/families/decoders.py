@@ -341,7 +341,7 @@ def _gated_with_gate(self, x):
 GATED = [(one.__code__.co_code, one.__code__.co_names) for one in (_gated, _gated_with_result, _gated_with_gate)]
 
 
-def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -> dict[str, int]:
+def moving_with_heads(model: nn.Module, block: str, head_dim: int) -> dict[str, int]:
     """The norms, sinks and biases of an attention block that move, as :meth:`Coupling.attention` takes them.
 
     A norm with `head_dim` entries is shared by all heads, and is left out. A weight may also be [heads, head_dim].
@@ -438,7 +438,7 @@ def self_attention(model: nn.Module, layer: int, path: str, kind: str = "attenti
     """Describe an attention with separate q, k and v, and with what moves with its heads."""
     block, heads, config = model.get_submodule(path), heads_in(model, path), config_of(model)
     paths = attention_paths(path, o="o_proj" if hasattr(block, "o_proj") else "out_proj")
-    moving = moving_with_heads(model, path, heads, inputs_of(model, paths["o"]) // heads)
+    moving = moving_with_heads(model, path, inputs_of(model, paths["o"]) // heads)
     more = {f"{path}.{name}": "q" for name in GATES if getattr(block, name, None) is not None}
     fixed = config.model_type in ("diffllama", "doge") or config.model_type == "stablelm" and config.qk_layernorm
     return [attention(model, layer, **paths, heads=heads, more=more, moving=moving, fixed=fixed, kind=kind)]
@@ -712,8 +712,7 @@ def packed(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Co
     up, down, qkv, o = (f"{path}.{name}" for name in LAYERS[config.model_type])
     yield ffn(model, i, up, down)
     if config.model_type == "codegen":
-        size = inputs_of(model, o) // CODEGEN_PARTS
-        yield _in_turn(i, qkv, o, [(key, CODEGEN_PARTS, size) for key in "qvk"])
+        yield _in_turn(i, qkv, o, [(key, CODEGEN_PARTS, inputs_of(model, o) // CODEGEN_PARTS) for key in "qvk"])
     elif config.new_decoder_architecture:
         heads, size = config.num_kv_heads, config.head_dim
         parts = [("q", heads, config.num_attention_heads // heads * size), ("k", heads, size), ("v", heads, size)]

@@ -271,8 +271,7 @@ def _folder(path: Path, split: str, data_files: Any) -> Rows:
     if (path / "dataset_dict.json").is_file() or (path / SAVED).is_file():
         found = datasets.load_from_disk(str(path))
         is_dict = isinstance(found, datasets.DatasetDict)
-        found = _split_of(found, split, f"data set {path}") if is_dict else found
-        return _numbered(path, map(_row, found))
+        return _numbered(path, map(_row, _split_of(found, split, f"data set {path}") if is_dict else found))
     if data_files:
         return _files(_listed(data_files, split, str(path)))
     try:

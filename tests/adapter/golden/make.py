@@ -91,8 +91,7 @@ def save(model: nn.Module, name: str) -> None:
         for i, parameter in enumerate(trained):
             parameter.copy_(numbers(parameter.numel(), 1000 + i).view_as(parameter) / 8)
     s2ft.save_adapter(model, HERE / name)
-    merged = digests(s2ft.merge(model))
-    (HERE / name / "merged.json").write_text(json.dumps(merged, indent=1) + "\n")
+    (HERE / name / "merged.json").write_text(json.dumps(digests(s2ft.merge(model)), indent=1) + "\n")
 
 
 def make(name: str) -> None:
