@@ -23,7 +23,8 @@ import torch
 from harness import fill_slices, save
 
 import s2ft
-from s2ft.conversion.packed import SUFFIX, patch, undo
+from s2ft.conversion.packed import patch, undo
+from s2ft.files.reading import PATCHED
 from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
 
@@ -83,7 +84,7 @@ def kills(file: Path, adapters: list[Path], count: int, slowest: float) -> int:
         time.sleep(moments.uniform(0, 5 * slowest))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if file.with_name(file.name + SUFFIX).exists():
+        if file.with_name(file.name + PATCHED).exists():
             cut += "parts of" in undo(file)
         if digest(file) != base:
             raise SystemExit(f"kill {number}: the file is not the base")

@@ -111,8 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Words of the command line; default: those of the process.
 
     Returns:
-        The exit status. 0: done. 1: a file could not be read or written, for example on a full disk. 2: a mistake of
-        the user. 130: interrupted.
+        The exit status. 0: done. 1: memory, disk or network failed, for example a full disk. 2: a mistake of the user.
+        130: interrupted.
 
     Raises:
         Exception: An error that is none of these.
