@@ -79,7 +79,8 @@ def export(
             ),
         )
         model, tokenizer = merged_model(model_name, adapter, dtype)
-        _write(folder, kind or EXACT[model.dtype], converter, quantizer, model, tokenizer)
+        kind = kind or EXACT[model.dtype]
+        _write(folder, kind, converter, quantizer, model, tokenizer)
         compared = _compare(model, tokenizer, folder / FILE)
     names = CONVERTER if kind in OUTTYPES else f"{CONVERTER} and {QUANTIZER}"
     return f"GGUF of the merged model, {kind}, written by llama.cpp's {names}, {compared}: {Path(output) / FILE}"
