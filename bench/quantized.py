@@ -57,7 +57,6 @@ FOLDERS = {
         "zp_dtype": torch.float8_e4m3fn,
     },
 }
-RATES = {"none": 2e-3, "auto": 4e-3, "lora": 1e-3}
 
 
 class Bench:
@@ -101,7 +100,7 @@ class Bench:
         rows = token_rows(self.tokenizer, problem_set(16 * self.args.steps, False), self.prompt)
         arguments = SFTArguments(
             output_dir=str(self.folder / "run"),
-            learning_rate=RATES[options.get("codec", method)],
+            learning_rate=1e-3 if method == "lora" else 2e-3,
             max_steps=self.args.steps,
             per_device_train_batch_size=16,
             warmup_steps=self.args.steps // 10,

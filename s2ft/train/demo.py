@@ -135,13 +135,11 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     before = score("base")
     print(f"base: {before}")
     rows = token_rows(tokenizer, train, prompt)
-    coded, more, d_ratio = {}, 1, 0.03
-    if options.keep_quantized:
-        coded, more, d_ratio = {"codec": "auto", "group": GROUP}, 2, 0.05  # rounding asks for larger updates
+    coded, d_ratio = ({"codec": "auto", "group": GROUP}, 0.05) if options.keep_quantized else ({}, 0.03)
     d_ratio = d_ratio if options.d_ratio is None else options.d_ratio  # 0 trains no channels
     config = S2FTConfig(d_ratio=d_ratio, o_ratio=options.o_ratio, seed=options.seed, **coded)
     attached = s2ft.attach(model, config)
-    rate = more * rate_of_adapter(model, options.steps) if options.learning_rate is None else options.learning_rate
+    rate = rate_of_adapter(model, options.steps) if options.learning_rate is None else options.learning_rate
     add_info(model, {"prompt": prompt.to_dict()})
     print(attached)
     folder.begin({"demo": True, **asdict(options)})

@@ -325,9 +325,7 @@ class DemoOptions(Options):
     steps: int = option(64, "number of updates", unit="updates", least=1)
     batch_size: int = option(16, "problems of one update", unit="problems", least=1)
     held_out: int = option(96, "held-out problems to score, at most 96", unit="problems", least=1)
-    learning_rate: float | None = option(
-        None, "peak learning rate", shown="that of s2ft sft; twice it with --keep-quantized"
-    )
+    learning_rate: float | None = option(None, "peak learning rate", shown="that of s2ft sft")
     d_ratio: float | None = option(
         None,
         "share of the FFN channels of down_proj to train",
