@@ -76,13 +76,19 @@ def test_eval_with_an_adapter_generates_the_text_of_the_merged_model(work, merge
 def test_the_base_is_scored_on_the_prompts_of_the_training(work, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(9)])
     command(
-        "sft --model {work}/model --data {rows} --output {out} --max-steps 1", work=work, rows=rows, out=tmp_path / "o"
+        "sft --model {work}/model --data {rows} --output {out} --max-steps 1 --lr 1e-9",
+        work=work,
+        rows=rows,
+        out=tmp_path / "o",
     )
     for name, model in (("a", "--adapter {out}"), ("b", "--model {work}/model")):
         words = f"eval {model} --data {{rows}} --max-new-tokens 2 --output {{to}}"
         command(words, work=work, rows=rows, out=tmp_path / "o", to=tmp_path / f"{name}.json")
-    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b"))
-    assert first["loss_before"] == second["loss_after"]
+        command(f"{words} --task exact", work=work, rows=rows, out=tmp_path / "o", to=tmp_path / f"{name}.exact.json")
+    first, second, *scored = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b", "a.exact", "b.exact")
+    )
+    assert first["loss_before"] == second["loss_after"] and scored[0]["records"] == scored[1]["records"]
 
 
 @torch.no_grad()

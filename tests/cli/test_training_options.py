@@ -95,6 +95,8 @@ def test_evaluation_while_training_does_not_change_what_is_trained(work, plain, 
         assert [line["step"] for line in lines] == steps
         assert all(0 <= line["eval_accuracy"] <= 1 and line["eval_loss"] > 0 for line in lines)
         assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / name).items())
+    wrong = ("--early-stopping-patience 2 --load-best-model-at-end false", "--metric-for-best-model accuracy")
+    assert [sft(work, tmp_path / "no", *task[:2], "--eval-steps", 2, *words.split()) for words in wrong] == [2, 2]
 
 
 def test_texts_train_without_a_template_and_the_adapter_says_so(work, tmp_path):

@@ -323,8 +323,7 @@ def test_peft_computes_what_attach_computes(case, tmp_path):
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_safe_merge_refuses_values_that_are_not_finite(value):
-    model = two_of()
-    layer = list(layers_of(model).values())[-1]
+    layer = list(layers_of(two_of()).values())[-1]
     layer.s2ft_delta["b"].values.data.view(-1)[0] = value
     layer.merge(adapter_names=["a"])
     before = layer.base_layer.weight.clone()

@@ -214,8 +214,8 @@ def test_an_error_of_the_model_fails_only_its_batch(folder, caplog):
 
 
 def test_a_batch_has_no_more_tokens_than_allowed(folder):
-    jobs = [*[("a",)] * 6, ("b", [5] * 30, 3)]
-    batches = batches_of(folder, jobs, max_batch_tokens=30)  # each of the six has 7 tokens of the batch's 30
+    # each of the six has 7 tokens of the batch's 30
+    batches = batches_of(folder, [*[("a",)] * 6, ("b", [5] * 30, 3)], max_batch_tokens=30)
     assert max(map(len, batches)) == 4
     assert all(len(names) == 1 for names in batches if "b#1" in names)
 

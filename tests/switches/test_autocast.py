@@ -107,8 +107,7 @@ def test_tiny_updates_add_up(layout, half, autocast):
     """Each update is a twentieth of the spacing of half precision. Forty of them move the effective weight by two
     spacings, both on a half-precision base and on a float32 base under autocast."""
     base = torch.float32 if autocast else half
-    model = attached("llama-grouped", dtype=base, layout=layout)
-    layer = model.model.layers[0].mlp.down_proj
+    layer = attached("llama-grouped", dtype=base, layout=layout).model.layers[0].mlp.down_proj
     torch.nn.init.ones_(layer.weight)
     torch.nn.init.zeros_(layer.s2)
     step = torch.finfo(half).eps  # from 1 to the next number
