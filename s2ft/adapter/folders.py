@@ -142,8 +142,12 @@ def source_of(text: str) -> Source:
 def folders_of(sources: Iterable[Source], reserved: Collection[str] = ()) -> dict[str, Path]:
     """Return the folders of all adapters of some sources by name.
 
+    Args:
+        sources: The sources.
+        reserved: Names of the base.
+
     Raises:
-        ValueError: Two adapters have the same name, or one has a name of the base, which are in `reserved`.
+        ValueError: Two adapters have the same name, or one has a name of the base.
     """
     found: dict[str, Path] = {}
     for name, folder in (pair for source in sources for pair in source.folders().items()):

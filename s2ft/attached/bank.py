@@ -55,7 +55,8 @@ class AdapterBank:
             dropped. The buffers of the largest batch so far are not counted. Default: no limit.
 
     Raises:
-        ValueError: An adapter is active on the model or has moved its units, or an argument is not valid.
+        ValueError: An adapter is active on the model or has moved its units, the model has layers whose inputs are not
+            [sequences, ...], or an argument is not valid.
         NotADirectoryError: `directory` is not a folder.
 
     Example:

@@ -273,7 +273,11 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
 
 
 def saved_modules(base: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """The modules that adapters train in full, by path; of those that share a weight, the first.
+    """Return the modules that adapters train in full, by path; of those that share a weight, the first.
+
+    Args:
+        base: The base of a PeftModel.
+        names: Names of the adapters.
 
     Raises:
         ValueError: One shares its weight with a module that PEFT does not train with it.
