@@ -99,8 +99,7 @@ def test_plan_and_estimate_count_them(options):
 
 
 def test_inputs_of_a_file_of_units_are_trained_again(tmp_path):
-    config = S2FTConfig(i_ratio=0.25)
-    selection = s2ft.select(net(), config, couplings=couplings())
+    selection = s2ft.select(net(), S2FTConfig(i_ratio=0.25), couplings=couplings())
     selection.save(tmp_path / "units.json")
     for units in (selection, str(tmp_path / "units.json")):
         again = S2FTConfig(units=units)

@@ -426,7 +426,7 @@ def new_attachment(
 
     Raises:
         ValueError: The model has adapters, or is cut into pipeline stages, or is in inference mode, or has packed
-            weights, or no couplings were given and none can be found.
+            weights, or is a GGUF file with an adapter in place, or no couplings were given and none can be found.
     """
     if torch.is_inference_mode_enabled() or any(one.is_inference() for one in model.parameters()):
         raise ValueError(
@@ -439,6 +439,9 @@ def new_attachment(
             f"the weights of {type(model).__name__} are packed by compressed-tensors: load the model with "
             "quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
+    base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    if os.path.exists(base + PATCHED):  # a fingerprint sees it in float32 alone
+        raise ValueError(f"{base} has an adapter in place: s2ft patch {base} --undo first")
     check_unattached(model)
     check_parallelism(model)
     check_not_offloaded(model)
@@ -499,9 +502,6 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
                 f"{tuple(shape)}"
             )
         check_distinct(f"adapter {adapter.name!r}", delta.index, size, f"{path}.index")
-    base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    if os.path.exists(base + PATCHED):  # in another dtype too few values are compared to see it
-        raise ValueError(f"{base} has an adapter in place: s2ft patch {base} --undo first")
     # without a fingerprint the weights are compared when they arrive
     if record.fingerprint is not None:
         adapter.check_base(record.fingerprint)

@@ -62,10 +62,8 @@ class EvalArguments:
             (measures and self.adapter is None, "forgetting and kl compare an adapter with its base: give --adapter"),
             (self.kl and not self.data, "kl needs rows with prompts: give --data"),
             *((getattr(self, name), f"{name} has no meaning with {way}") for name in ignored),
-            (
-                way == "lm_eval" and self.num_beams > 1,
-                "num_beams has no meaning with lm_eval: its tasks say how they generate",
-            ),
+            (self.kl_on != "prompts" and not self.kl, "kl_on has no meaning without kl"),
+            (self.num_beams > 1 and self.task is None, "num_beams has no meaning without task"),
             (
                 way == "data" and not self.data and (self.task is not None or not measures),
                 "missing: --data FILE_OR_NAME, or --lm-eval",

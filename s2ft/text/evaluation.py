@@ -316,7 +316,8 @@ class Comparison:
             word = "lower" if self.loss_after < self.loss_before else "NOT lower"
             lines = [f"loss on {self.rows} rows: {self.loss_before:.4f} before, {self.loss_after:.4f} after ({word})"]
         for one in self.samples:
-            lines += answer_lines(**one)
+            alone = {"tuned": None, "model": one["tuned"]} if self.loss_before is None else {}
+            lines += answer_lines(**{**one, **alone})
         return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import shutil
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -137,8 +138,9 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeyp
     assert all(torch.equal(value, tuned[name]) for name, value in weights(copy).items())
     with pytest.raises(ValueError, match="has adapter 'math' in place: s2ft patch .* --undo first"):
         export_packed(str(copy), math, tmp_path / "twice.gguf")
-    with pytest.raises(ValueError, match="has an adapter in place"):  # in another dtype the samples are near enough
-        s2ft.load_adapter(load_model(str(copy), "bfloat16")[0], math)
+    for use in (partial(s2ft.load_adapter, adapter=math), partial(s2ft.attach, config=s2ft.S2FTConfig(d_ratio=0.1))):
+        with pytest.raises(ValueError, match="has an adapter in place"):  # in another dtype the samples are near enough
+            use(load_model(str(copy), "bfloat16")[0])
     (tmp_path / "link.gguf").symlink_to(copy)
     with pytest.raises(ValueError, match="is one of several names of a file"):
         patch(tmp_path / "link.gguf", chat)

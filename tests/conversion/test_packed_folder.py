@@ -163,8 +163,7 @@ def test_bad_input_leaves_nothing(int8, tmp_path, mistake, words):
 
 
 def test_an_adapter_of_a_quantized_base_is_not_merged_into_a_relative_of_it(tmp_path):
-    base = make_base(tmp_path, "nf4")
-    s2ft.save_adapter(trained(base), tmp_path / "adapter")
+    s2ft.save_adapter(trained(make_base(tmp_path, "nf4")), tmp_path / "adapter")
     model = load_model(str(tmp_path / "checkpoint"), "float32")[0]
     for weight in (one for one in model.parameters() if one.dim() == 2):
         weight.data.add_(torch.randn_like(weight), alpha=0.3 * float(weight.std()))

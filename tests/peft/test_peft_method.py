@@ -89,11 +89,9 @@ def test_layers_and_peft_fields_restrict_the_modules():
 
 
 def test_target_modules_and_a_ratio_select_the_units_of_the_projection():
-    by_ratio = peft_of("llama-grouped", d_ratio=0.1, v_ratio=0.1 + 0.4, seed=2)
+    expected = peft_of("llama-grouped", d_ratio=0.1, v_ratio=0.1 + 0.4, seed=2).peft_config["default"].units
     for targets in (["down_proj"], r".*\.down_proj"):
-        by_target = peft_of("llama-grouped", target_modules=targets, ratio=0.1, seed=2)
-        units = by_target.peft_config["default"].units
-        expected = by_ratio.peft_config["default"].units
+        units = peft_of("llama-grouped", target_modules=targets, ratio=0.1, seed=2).peft_config["default"].units
         assert units == {path: numbers for path, numbers in expected.items() if "down" in path}
     heads = peft_of("llama-grouped", target_modules=["v_proj", "o_proj"], ratio=0.5)
     shapes = {

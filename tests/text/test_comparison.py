@@ -14,16 +14,18 @@ from s2ft.cli.main import main
 
 def test_loss_and_answers_are_those_of_the_base_and_of_the_adapter():
     model, rows = tiny_model(), list(token_rows(6))
-    before = mean_loss(model, rows)
+    alone = compare(model, tiny_tokenizer(), rows, samples=2, max_new_tokens=5)
     randomize(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5)), std=0.3)
     found = compare(model, tiny_tokenizer(), rows, samples=2, max_new_tokens=5)
-    assert found.rows == 6 and [found.loss_before, found.loss_after] == pytest.approx([before, mean_loss(model, rows)])
+    assert found.rows == 6 and [found.loss_before, found.loss_after] == pytest.approx(
+        [alone.loss_after, mean_loss(model, rows)]
+    )
     assert [one["prompt"] for one in found.samples] == ["0+0=", "1+1=1+1="]
     assert [one["right"] for one in found.samples] == [row["output"] for row in sums(2)]
     assert any(one["base"] != one["tuned"] for one in found.samples)
     text = str(found)
-    assert f"loss on 6 rows: {before:.4f} before, {found.loss_after:.4f} after (NOT lower)" in text
-    assert "base:" in text and "tuned:" in text
+    assert f"loss on 6 rows: {alone.loss_after:.4f} before, {found.loss_after:.4f} after (NOT lower)" in text
+    assert "base:" in text and "tuned:" in text and "model:" in str(alone) and "tuned:" not in str(alone)
 
 
 def test_a_model_without_adapter_and_rows_of_plain_text_have_a_loss_alone():
