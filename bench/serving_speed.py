@@ -82,7 +82,8 @@ def measure(url: str, names: list[str], job: argparse.Namespace) -> dict:
     """Measure all loads in turns, and return the medians over the rounds."""
     loads = {"base": (["base"], GREEDY), "adapters": (names, GREEDY), "adapters, sampled": (names, SAMPLING)}
     found: dict[str, list[dict]] = {}
-    asyncio.run(load(url, 4, 4, [*names, "base"], GREEDY, 0))  # adapters are read at their first use
+    for name in (*names, "base"):  # adapters are read at their first use
+        asyncio.run(load(url, 1, 4, [name], GREEDY, 0))
     for number in range(job.rounds):
         for clients in job.clients:
             for name, (models, sampling) in loads.items():

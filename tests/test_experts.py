@@ -22,8 +22,7 @@ from s2ft import Coupling, S2FTConfig
 
 def test_an_expert_without_tokens():
     """Its units get a gradient of zeros, other experts get theirs. A batch without tokens gives an empty output."""
-    model = with_adapter(model_of("mixtral"), S2FTConfig(d_ratio=0.25))
-    experts = model.model.layers[0].mlp.experts
+    experts = with_adapter(model_of("mixtral"), S2FTConfig(d_ratio=0.25)).model.layers[0].mlp.experts
     experts(torch.randn(5, 24), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)).sum().backward()
     first, second, third = experts.down_proj.s2.grad.split(experts.down_proj.counts, 1)
     assert first.abs().sum() > 0 and second.abs().sum() > 0 and torch.equal(third, torch.zeros_like(third))
@@ -80,8 +79,7 @@ def test_the_host_reads_no_result_of_the_routing():
     """On a GPU it would wait for it. Fake tensors raise if a value is read."""
     from torch._subclasses import FakeTensorMode
 
-    model = with_adapter(model_of("qwen3-moe"), S2FTConfig(d_ratio=0.3, u_ratio=0.2))
-    experts = model.model.layers[0].mlp.experts
+    experts = with_adapter(model_of("qwen3-moe"), S2FTConfig(d_ratio=0.3, u_ratio=0.2)).model.layers[0].mlp.experts
     with FakeTensorMode(allow_non_fake_inputs=True):
         y = experts(torch.randn(9, 24), torch.randint(4, (9, 2)), torch.rand(9, 2))
         y.sum().backward()

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support.aliases import alias_of
 from support.inside import FAMILIES, SINCE, is_too_old, registry
 from support.models import CASES, model_of
 from transformers import CLIPTextModelWithProjection
@@ -47,3 +48,16 @@ def test_the_layers_of_a_tower_inside_one_more_module_are_found(monkeypatch):
     found = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert found.trainable > 0 and all(name.startswith("text_model.encoder.layers.") for name in trained)
+
+
+@pytest.mark.parametrize("case", ["big_bird", "whisper"])
+def test_heads_that_have_numbers_stay_and_long_rows_run(case):
+    """A head of BigBird draws blocks of its own, and Whisper's settings name heads of its cross-attention."""
+    sparse = dict(attention_type="block_sparse", block_size=4, num_random_blocks=1, max_position_embeddings=64)
+    model = alias_of(case, **sparse) if case == "big_bird" else model_of(case)
+    names = ("self.key.weight", "encoder_attn.k_proj.weight")
+    keys = {name: one.clone() for name, one in model.named_parameters() if name.endswith(names)}
+    s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.5))
+    assert keys and all(torch.equal(model.get_parameter(name), key) for name, key in keys.items())
+    if case == "big_bird":  # the proof's short row turned its layers into others
+        model(input_ids=torch.arange(3, 39)[None] % 30)

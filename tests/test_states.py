@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.models import ALL_RATIOS, LAYOUTS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
-from support.states import same, with_adapter
+from support.states import same, with_adapter, with_loaded
 from torch.nn.utils import prune, weight_norm
 
 import s2ft
@@ -37,6 +37,27 @@ def test_the_bases_own_state_changes_nothing(case, layout):
     model.load_state_dict(base.state_dict(), strict=False)
     model.load_state_dict(copy.deepcopy(model.state_dict()))  # also its own state
     assert torch.equal(output_of(model), before) and same(s2ft.detach(model).state_dict(), base.state_dict())
+
+
+def test_a_cast_of_each_parameters_data_keeps_the_base():
+    model = with_adapter(model_of("llama-grouped", torch.bfloat16), S2FTConfig(**ALL_RATIOS))
+    fit(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    output_of(model)
+    assert same(s2ft.detach(model).state_dict(), model_of("llama-grouped", torch.bfloat16).float().state_dict())
+
+
+def test_merge_without_gradients_writes_values_that_came_by_data():
+    model = trained("llama-grouped")
+    with torch.no_grad():
+        output_of(model)
+        for name, parameter in model.named_parameters():
+            parameter.data.mul_(2 if name.endswith(".s2") else 1)
+        adapter = s2ft.get_adapter(model, "default")
+        assert same(
+            s2ft.merge(model).state_dict(), s2ft.merge(with_loaded(model_of("llama-grouped"), adapter)).state_dict()
+        )
 
 
 @layouts

@@ -1,26 +1,8 @@
 """Tests of the helpers that other tests use."""
 
 import ast
-import itertools
 from multiprocessing import get_context
 from pathlib import Path
-
-from support.pairs import in_turn, pairs
-
-
-def test_pairs_contain_any_two_values():
-    lengths = (5, 3, 2)
-    rows = pairs(*map(range, lengths))
-    assert len(rows) == len(set(rows)) == 15
-    for one, other in itertools.combinations(range(3), 2):
-        assert len({(row[one], row[other]) for row in rows}) == lengths[one] * lengths[other]
-
-
-def test_one_value_of_each_case_runs_by_default_and_every_value_runs():
-    rows = in_turn("abcd", (1, 2, 3))
-    slow = [row.values for row in rows if getattr(row, "marks", ())]
-    assert [tuple(row) for row in rows if not getattr(row, "marks", ())] == [("a", 1), ("b", 2), ("c", 3), ("d", 1)]
-    assert len(rows) == 12 and len(set(slow)) == 8
 
 
 # This runs in a separate process, because products stay divided.

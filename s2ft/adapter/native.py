@@ -115,7 +115,7 @@ def write(adapter: Adapter, folder) -> None:
     config.update({name: value for name, value in optional.items() if value})
     config = json.loads(json.dumps(config, allow_nan=False))  # the digest needs keys and lists as they are read
     config["config_sha256"] = _digest(config)
-    _write_folder(Path(folder), json.dumps(config, indent=1).encode(), blob)
+    _write_folder(Path(folder), json.dumps(config).encode(), blob)
 
 
 def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:

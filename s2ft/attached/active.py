@@ -40,6 +40,7 @@ from s2ft.distributed import (
     reshard_all,
     write_units,
 )
+from s2ft.files.reading import check_parameter
 from s2ft.layers.base import write_all
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import Delta, weight_at
@@ -423,6 +424,8 @@ def parameters_to_save(model: nn.Module, couplings: list[Coupling], modules: Seq
             ),
         )
         names += found
+    for name in names:
+        check_parameter(name, "modules_to_save")  # else a trained adapter could not be saved
     return list(dict.fromkeys(names))
 
 

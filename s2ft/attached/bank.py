@@ -29,6 +29,7 @@ from s2ft.files.plain_text import by_key
 from s2ft.files.reading import CONFIG, TENSORS, has_adapter, own_folder
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection
+from s2ft.model.parts import tower_of, trained_towers
 from s2ft.model.weights import Delta, find
 from s2ft.ops import multi_adapter_linear
 
@@ -334,6 +335,12 @@ class AdapterBank:
         record = self._record_for(adapter)
         check_fits(adapter, self.model, record)
         changed = [record.projections[key] for key in adapter.deltas]
+        towers = trained_towers(self.model, None)
+        if any(tower_of(self.model, one.path) not in towers for one in changed):
+            raise ValueError(
+                f"adapter {adapter.name!r} changes a tower whose rows are images, not the batch's sequences: "
+                "serve the model merged (s2ft merge), or use load_adapter"
+            )
         layers = {
             one.path: self._layer_at(one.path, one.dim, one.expert, f"adapter {adapter.name!r} changes")
             for one in changed

@@ -141,9 +141,10 @@ def set_rounding(model: nn.Module, share: float) -> None:
 
 
 def _rounding_of(base: GgufFile | PackedFolder, path: str, mounted: Mount) -> FileRounding:
-    if len(mounted.parts) > 1 or mounted.original is None or mounted.layer.kind.transposed or mounted.layer.is_managed:
+    layer, (part, *others) = mounted.layer, mounted.parts
+    is_part = bool(others) or part.projection.size is not None  # of a weight of several projections
+    if is_part or mounted.original is None or layer.kind.transposed or layer.is_managed:
         raise ValueError(f"codec: {path} is not one plain weight of {base.path} on one device")
-    (part,), layer = mounted.parts, mounted.layer
     coded = FileRounding(*base.unit_blocks(path, part.elements, layer.dim), part.positions, layer.dim)
     elements = layer.selected_units().to(layer.weight.device)[part.positions.to(layer.weight.device)]
     now = layer.kind.matrix(layer).detach().index_select(layer.dim, elements).cpu()
@@ -685,7 +686,8 @@ def merge(model: nn.Module) -> nn.Module:
         check_plain_and_untied(model, record, record.parts)
 
     def change() -> nn.Module:
-        write_changed_layers(model, record)
+        with torch.enable_grad():  # values that were written through `.data` too
+            write_changed_layers(model, record)
         return make_plain(model, record)  # the weights hold the adapters
 
     def recover() -> None:

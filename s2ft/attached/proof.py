@@ -436,8 +436,7 @@ def _call_with_first(
     first = next(tensors_in(output), None)
     if first is None:
         return None
-    other = hook(next(calls), first)
-    return other if isinstance(output, Tensor) else None
+    return hook(next(calls), first) if isinstance(output, Tensor) else None
 
 
 def _examples(model: nn.Module, couplings: list[Coupling]) -> Iterator[Any]:

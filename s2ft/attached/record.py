@@ -282,7 +282,7 @@ class Attachment:
     @property
     def custom_couplings(self) -> list[Coupling] | None:
         """The couplings that adapters store; None where the model type says them."""
-        return self.couplings if self.is_custom else None
+        return [replace(one, block=None, activation=None) for one in self.couplings] if self.is_custom else None
 
     @cached_property
     def projections(self) -> dict[str, Projection]:
@@ -322,7 +322,8 @@ class Attachment:
         if kept is None or kept.move is not move:
             kept = Positions(move, self.current_positions(projection, delta.index.cpu()))
         if kept is not delta.positions or kept.index.device != device:
-            kept = delta.positions = kept._replace(index=kept.index.to(device))
+            index = kept.index if device.type == "meta" else kept.index.to(device)  # there they would be lost
+            kept = delta.positions = kept._replace(index=index)
         return kept.index
 
     # ---- changes of the record alone -------------------------------------------------------------
@@ -440,7 +441,7 @@ def new_attachment(
             "quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
     base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    if os.path.exists(base + PATCHED):  # a fingerprint sees it in float32 alone
+    if os.path.exists(os.path.realpath(base) + PATCHED):  # a fingerprint sees it in float32 alone
         raise ValueError(f"{base} has an adapter in place: s2ft patch {base} --undo first")
     check_unattached(model)
     check_parallelism(model)

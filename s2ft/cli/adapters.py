@@ -258,8 +258,8 @@ class MergeArguments(Options):
 @command(
     "Write base model and adapter as one checkpoint, which transformers loads without s2ft. Weights are read and "
     "written one at a time: a model of any size needs the memory of a few of its tensors. A base that is a GGUF "
-    "file can be written as one, and a base of compressed-tensors or in NF4 is, unless --dtype or --max-shard-size "
-    "is given: only the blocks of trained units change.",
+    "file can be written as one, and a base in NF4, or of compressed-tensors without --dtype and --max-shard-size, "
+    "is: only the blocks of trained units change.",
     "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
 )
 def run_merge(job: MergeArguments) -> None:

@@ -67,8 +67,7 @@ class Nvfp4(Codec):
         return scales[0] / scales[1], 0.0
 
     def with_factor(self, factor: Tensor, scales: Scales) -> Scales:
-        scale = (factor * scales[1]).clamp(0, torch.finfo(FLOAT8).max)
-        return scale.to(FLOAT8).to(torch.bfloat16), scales[1]
+        return (factor * scales[1]).clamp(0, torch.finfo(FLOAT8).max).to(FLOAT8).to(torch.bfloat16), scales[1]
 
 
 class Integer(Codec):

@@ -100,8 +100,10 @@ class PackedFolder:
         if part == "weight" and any(f"{path}.{end}" in self.tensors for end in ends):
             packed = self.packed(path)
             values = self.codec(path, packed).decode(packed)
-        else:
+        elif f"{path}.{part}" in self.tensors:
             values = self.tensors[f"{path}.{part}"].read()
+        else:  # transformers joins experts
+            raise ValueError(f"{self.path} has no tensor of the name {path}.{part}: merge takes none of other names")
         if values.shape != shape:
             raise ValueError(f"{self.path}: {path}.{part} has shape {list(values.shape)}, not {list(shape)}")
         return values.flatten()[positions].float().tolist()

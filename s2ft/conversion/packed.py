@@ -100,7 +100,7 @@ def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[s
     if adapter.extra_weights:
         raise ValueError(
             f"adapter {adapter.name!r} trains {next(iter(adapter.extra_weights))} in full, which has no place in the "
-            "blocks: --dtype writes plain weights, where the base is no GGUF file"
+            "blocks: --dtype writes plain weights, where the base is of compressed-tensors"
         )
     for name, delta in adapter.deltas.items():
         projection = record.projections[name]
@@ -202,7 +202,7 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         if _different(base.reader.data[start:], data[start + shift :]) != changed:
             raise RuntimeError(f"{output} is not the base with the adapter: other bytes have changed too")
         GgufFile(temporary)  # an error says what is wrong
-    beside.write_text(modelfile, encoding="utf-8")
+        replace_file(beside, modelfile.encode())
     return (
         f"{output}: {changed:,} bytes in {blocks:,} blocks of {len(paths)} weights have changed, and no other "
         f"byte of a weight; read again and compared\nfor Ollama: ollama create {output.stem} -f {beside}"
@@ -331,10 +331,8 @@ def _copy(base: GgufFile, file: BinaryIO, values: dict[str, str], template: str 
         del metadata[field.offset : field.offset + sum(part.nbytes for part in field.parts)]
     for key, text in values.items():
         metadata += _string(key) + STRING.to_bytes(4, "little") + _string(text)
-    entries = int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values) - len(old)
-    metadata[16:24] = entries.to_bytes(8, "little")
-    end = last.offset + sum(part.nbytes for part in last.parts)
-    head = bytes(metadata) + data[first.offset : end].tobytes()
+    metadata[16:24] = (int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values) - len(old)).to_bytes(8, "little")
+    head = bytes(metadata) + data[first.offset : (last.offset + sum(part.nbytes for part in last.parts))].tobytes()
     head += b"\0" * (-len(head) % int(reader.alignment))
     file.write(head)
     for place in range(int(reader.data_offset), len(data), PIECE):

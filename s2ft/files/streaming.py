@@ -97,8 +97,7 @@ class StoredTensor:
         """
         with open_regular(self.file) as file:
             for start in range(0, self.bytes, PIECE):
-                size = min(PIECE, self.bytes - start)
-                yield _read_at(file, self.start + start, size, self.file).view(self.dtype)
+                yield _read_at(file, self.start + start, min(PIECE, self.bytes - start), self.file).view(self.dtype)
 
     def write(self, pieces: Iterable[Tensor]) -> int:
         """Write the tensor into its place in a file that :func:`lay_out` has made. Returns the sum of its bytes.

@@ -110,7 +110,8 @@ def _write_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     is written before the next forward.
     """
     stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    fused = [layer for layer in set(_holding.values()) if layer.fused]
+    with WRITING:  # another thread may add one
+        fused = [layer for layer in set(_holding.values()) if layer.fused]
     changed = [one for one in fused if (id(one.s2) in stepped or one.is_managed) and one.after_step()]
     write_all(changed)
     for layer in changed:
@@ -459,8 +460,9 @@ class S2Layer(TrainableLayer):
             self.base = self._units(weight).clone(memory_format=torch.contiguous_format)
         elif self._written is not None and self._written[1] != stamps[1]:
             now = self._units(weight)
-            self.base = cast(Tensor, self.base).to(now)
-            is_ours = torch.equal(now, effective_units(*self._summands(self.base, s2)))  # for instance in other memory
+            base = cast(Tensor, self.base).to(now.device)
+            is_ours = torch.equal(now, effective_units(*self._summands(base, s2)).to(now))  # in other memory or dtype
+            self.base = base.to(now)
             # An average of parameters changes the weight and s2: `base` stays valid.
             if not (is_ours or self._written[0] != stamps[0]):
                 self.base = now.clone()
@@ -551,8 +553,7 @@ class S2Layer(TrainableLayer):
                 )
             values = self._units(weight) + (s2 - s2.detach()).to(weight.dtype)
         else:
-            base = self._units(weight) if self.base is None else self.base
-            values = effective_units(*self._summands(base, s2))
+            values = effective_units(*self._summands((self._units(weight) if self.base is None else self.base), s2))
         return self._with_units(weight.detach(), values)
 
     def base_weight(self) -> Tensor:

@@ -109,6 +109,13 @@ class S2OwnForward(S2Layer):
                 raise
             return getattr(self.plain, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what only the plain layer has there, because its forward reads it."""
+        if "plain" in self.__dict__ and name in self.plain.__dict__ and name not in self.__dict__:
+            setattr(self.plain, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def take_over(self, module: nn.Module) -> None:
         for tensors in (module._parameters, module._buffers):
             tensors.update(dict.fromkeys(tensors))

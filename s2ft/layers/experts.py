@@ -86,8 +86,7 @@ class S2Experts(S2Layer):
     def _by_expert(self, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """View a tensor of the weight's shape as [experts, units, elements of a unit], and find the units there."""
         stack = stack_of(weight.detach(), self.transposed)
-        size = stack.shape[1 + self.dim]
-        return stack.transpose(1, 1 + self.dim), (self.first // size, self.index)
+        return stack.transpose(1, 1 + self.dim), (self.first // stack.shape[1 + self.dim], self.index)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         experts, places = self._by_expert(weight)
@@ -275,8 +274,7 @@ def experts_forward(
         return rows if others is None else rows.masked_fill(others, 0.0)
 
     rows = (offsets, experts if others is None else experts.clamp(max=count - 1), tokens)
-    inner = keep(_project(self, first, keep(x), *rows))
-    outer = keep(_project(self, "down_proj", act(inner), *rows))
+    outer = keep(_project(self, "down_proj", act(keep(_project(self, first, keep(x), *rows))), *rows))
     if getattr(self, "has_post_expert_norm", False):
         outer = self.post_expert_norm(outer)
     weighted = outer * top_k_weights.reshape(-1)[order, None]

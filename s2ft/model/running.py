@@ -111,6 +111,7 @@ class Snapshot:
         self.trained = list(trained)
         self.modes = [(module, module.training) for module in model.modules()]
         self.hooks = forward_hooks(model)
+        self.modules = [(one, dict(one._modules)) for one in model.modules()]  # BigBird's forward replaces some
         whole = [module for module in model.modules() if module not in modes_only]
         whole += [one.__dict__["plain"] for one in modes_only if "plain" in one.__dict__]  # whose forward a layer runs
         self.attributes = [(module, _public(module)) for module in whole]
@@ -127,6 +128,8 @@ class Snapshot:
             parameter.requires_grad_(True)
         for module, training in self.modes:
             module.training = training
+        for module, children in self.modules:
+            module._modules.update(children)
         remove_new_hooks(self.hooks)
         for module, attributes in self.attributes:
             for name in _public(module).keys() - attributes.keys():

@@ -105,8 +105,7 @@ def _blocks(rows: int, offsets: Tensor) -> _Blocks:
 
     number = torch.arange(count, device=device)
     group = torch.searchsorted(last, number, right=True).clamp_(max=groups - 1)
-    begin = begins[group] + (number - first[group]) * height
-    of_block = begin[:, None] + torch.arange(height, device=device)
+    of_block = (begins[group] + (number - first[group]) * height)[:, None] + torch.arange(height, device=device)
     used = of_block < ends[group][:, None]
 
     row = torch.arange(rows, device=device)

@@ -117,8 +117,7 @@ class S2FTPeftModel(BaseTuner):
         if isinstance(target, S2FTPeftLayer):
             target.update_layer(adapter_name, units, config.init_weights)
             return
-        kind = S2FTPeftLayer if "" in units else S2FTPeftExperts
-        layer = kind(target, adapter_name, units, config.init_weights)
+        layer = (S2FTPeftLayer if "" in units else S2FTPeftExperts)(target, adapter_name, units, config.init_weights)
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained before it is active
@@ -135,6 +134,11 @@ class S2FTPeftModel(BaseTuner):
         tied = {key.rpartition(".")[2] for key in (name, *tied_weight_keys)}
         others = [one for one in peft_config.modules_to_save or () if one.rpartition(".")[2] not in tied]
         peft_config.modules_to_save, peft_config.modules_to_tie = [*others, name], set(tied_weight_keys)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """As PEFT finds them; it finds none where an earlier adapter has replaced the modules."""
+        earlier = (getattr(config, "modules_to_tie", None) for config in self.peft_config.values())
+        return super()._get_module_names_tied_with_embedding() or sorted(next(filter(None, earlier), ()))
 
     # ---- removing ------------------------------------------------------------------------------------
 
@@ -172,8 +176,7 @@ class S2FTPeftModel(BaseTuner):
             >>> peft_model.add_weighted_adapter(["math", "chat"], [0.7, 0.3], "both")
             >>> peft_model.set_adapter("both")
         """
-        self._check_weighted(adapters, weights, adapter_name, combination_type)
-        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        configs = self._check_weighted(adapters, weights, adapter_name, combination_type)
         numbers = by_key((name, number) for config in configs for name in config.units for number in config.units[name])
         paths = {path for config in configs for path, units in config.module_units.items() if "" in units}
         stacks = {path for config in configs for path in config.target_parameters or ()}
@@ -188,6 +191,7 @@ class S2FTPeftModel(BaseTuner):
             init_weights=True,
             inference_mode=True,
             modules_to_save=sorted({name for config in configs for name in config.modules_to_save or ()}) or None,
+            ensure_weight_tying=any(config.ensure_weight_tying for config in configs),
             chosen_by={"sum_of": [[name, float(weight)] for name, weight in zip(adapters, weights)]},
         )
         self.inject_adapter(self.model, adapter_name)
@@ -202,7 +206,8 @@ class S2FTPeftModel(BaseTuner):
 
     def _check_weighted(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-    ) -> None:
+    ) -> list[Any]:
+        """Check the arguments of :meth:`add_weighted_adapter`. Returns the configs of the parts."""
         if not adapters or len(adapters) != len(weights):
             raise ValueError(
                 f"adapters and weights must have the same length, at least 1, got {len(adapters)} and {len(weights)}"
@@ -215,7 +220,16 @@ class S2FTPeftModel(BaseTuner):
                 raise ValueError(
                     f"adapter {name!r} has trainable_token_indices, and embeddings of tokens can't be added up"
                 )
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
         refuse(
+            *(
+                (
+                    getattr(config, field) != getattr(configs[0], field),
+                    f"adapters {adapters[0]!r} and {name!r} have another {field}, so they can't be added up",
+                )
+                for name, config in zip(adapters, configs)
+                for field in ("dim", "couplings")
+            ),
             (
                 adapter_name in self.peft_config,
                 f"there is an adapter called {adapter_name!r} already: give the sum another name",
@@ -235,6 +249,7 @@ class S2FTPeftModel(BaseTuner):
                 "Cannot add weighted adapters if they target the same module with modules_to_save, but "
                 f"found {len(clashes)} such instance(s). They are {', '.join(clashes)}"
             )
+        return configs
 
     # ---- mixed batches -------------------------------------------------------------------------------
 

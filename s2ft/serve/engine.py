@@ -262,7 +262,10 @@ class Engine:
     def _loads_alone(self, job: Job) -> bool:
         """Whether the adapter of a job can be loaded. If not, the job fails."""
         try:
-            self._load([job.adapter])
+            if self.batch.rows:  # loading could drop an adapter of the batch, whose folder may have another one by now
+                self.adapters.bank.check(job.served.folder)
+            else:
+                self._load([job.adapter])
             return True
         except Exception as error:
             logger.warning("adapter %r can't be loaded: %s", job.served.name, error)

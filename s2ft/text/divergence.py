@@ -8,7 +8,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -175,8 +175,7 @@ def divergences(base: Tensor, tuned: Tensor) -> Tensor:
         tensor([0.6931])
     """
     probabilities = base.exp()
-    difference = (base - tuned).masked_fill(probabilities == 0, 0.0)  # 0 · log 0 is 0
-    return (probabilities * difference).sum(-1).clamp(min=0)
+    return (probabilities * (base - tuned).masked_fill(probabilities == 0, 0.0)).sum(-1).clamp(min=0)  # 0 · log 0 is 0
 
 
 def base_switch(model: Any) -> Callable[[], AbstractContextManager] | None:
@@ -355,8 +354,7 @@ class _Reader:
         """Hook of the output layer: replace its input [rows, length, width] by [1, n, width]."""
         # virtual tokens of a prompt that PEFT has learned stand before
         self._seen = inputs[0][:, -self._inputs["input_ids"].shape[1] :]
-        chosen = self._seen[0, :1] if self._given is None else self._given.to(self._seen.device)
-        return (chosen[None], *inputs[1:])
+        return ((self._seen[0, :1] if self._given is None else self._given.to(self._seen.device))[None], *inputs[1:])
 
     def once(self, *args: Any, **options: Any) -> Any:
         """Forward of the body, which runs once for each batch."""
@@ -483,7 +481,7 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     """Read data and draw rows.
 
     Args:
-        options: Which data is read, and how.
+        options: Which data is read, and how. Other names of fields are those of other data.
         most: Number of rows to draw.
         seed: Seed of the draw.
 
@@ -493,7 +491,7 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     Raises:
         ValueError: The data can't be read.
     """
-    rows = load_rows(options)
+    rows = load_rows(replace(options, field=[]))
     return rows.select(some(range(len(rows)), most, seed))
 
 

@@ -362,8 +362,7 @@ def takes_left_padding(model) -> bool:
             alone, beside = logits(ids), logits(ids, ids * 2)
         except Exception:  # of the model's code
             return False
-    allowed = 1e-3 if model.dtype == torch.float32 else 1e-1
-    return float((beside - alone).abs().mean()) <= allowed * float(alone.std())
+    return float((beside - alone).abs().mean()) <= (1e-3 if model.dtype == torch.float32 else 1e-1) * float(alone.std())
 
 
 def rows_interact(config) -> bool:

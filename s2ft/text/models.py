@@ -117,7 +117,7 @@ def load_model(
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
             model.__dict__.pop(attribute, None)
         model.config.__dict__.pop("quantization_config", None)
-        model.config._name_or_path = model.name_or_path = name
+        model.config._name_or_path = model.name_or_path = str(Path(source, options["gguf_file"])) if is_gguf else name
     if model.config.model_type in ("recurrent_gemma", "rwkv", "xlstm"):
         model.register_forward_pre_hook(_refuse_what_is_ignored, with_kwargs=True)
     return model.eval(), tokenizer

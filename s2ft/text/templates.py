@@ -34,7 +34,8 @@ ALPACA = """FIRST
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '\\n\\n### Response:\\n' -}}{%- endif -%}
 """.replace("PREAMBLE", PREAMBLE)
-NEUTRAL = "a neutral text"  # in place of one that a template may have rewritten
+NEUTRAL = "neutral text {}."  # in place of one that a template may have rewritten
+THINKS = "<think>"
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Message = Mapping[str, Any]
@@ -100,26 +101,33 @@ def render(tokenizer, messages: Conversation, template: str, *, tools: list | No
     Raises:
         TemplateError: The template refuses the messages, drops one of them or the tools, or is not a valid template.
     """
-    taken = as_template_takes(tokenizer, messages, template)
     options = {"chat_template": template, "tools": tools or None, "tokenize": False, "add_generation_prompt": prompt}
-    try:
-        text = tokenizer.apply_chat_template(taken, **options)
-    except Exception as error:  # a template can raise any error of Jinja and of Python
-        raise _not_rendered(error) from error
-    for number, message in enumerate(messages):  # earlier answers and results of tools may be shortened
-        if message["role"] in ("assistant", "tool") or plain_text(message).strip() in text:
-            continue
-        if plain_text(message) == NEUTRAL:
-            raise TemplateError(f"the chat template leaves out the text of the role {message['role']!r}")
-        # A template may rewrite a text, such as its blank lines or a word that turns thinking off. Does it drop any?
-        others = [*messages[:number], {**message, "content": NEUTRAL}, *messages[number + 1 :]]
-        render(tokenizer, others, template, tools=tools, prompt=prompt)
+    text = _written(tokenizer, messages, **options)
+    asked = [n for n, one in enumerate(messages) if one["role"] not in ("assistant", "tool")]  # others may be shortened
+    changed = {n: {**messages[n], "content": NEUTRAL.format(n)} for n in asked if not _has(text, messages[n])}
+    if changed:  # A template may rewrite a text, such as its blank lines or a word that turns thinking off.
+        neutral = _written(tokenizer, [changed.get(n, one) for n, one in enumerate(messages)], **options)
+        for message in changed.values():
+            if not _has(neutral, message):
+                raise TemplateError(f"the chat template leaves out the text of the role {message['role']!r}")
     named = [
         one.get("name") for tool in tools or () for one in [tool.get("function", tool)] if isinstance(one, Mapping)
     ]
     if any(isinstance(name, str) and name not in text for name in named):
         raise TemplateError("the chat template leaves out the tools: give one that takes them")
     return text
+
+
+def _written(tokenizer, messages: Conversation, chat_template: str, **options: Any) -> str:
+    taken = as_template_takes(tokenizer, messages, chat_template)
+    try:
+        return tokenizer.apply_chat_template(taken, chat_template=chat_template, **options)
+    except Exception as error:  # a template can raise any error of Jinja and of Python
+        raise _not_rendered(error) from error
+
+
+def _has(text: str, message: Message) -> bool:
+    return plain_text(message).strip() in text
 
 
 def _not_rendered(error: Exception) -> TemplateError:
@@ -214,7 +222,12 @@ def render_chat(
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     prompts = {number: render(tokenizer, messages[:number], template, tools=tools, prompt=True)
                for number in answers if number}  # fmt: skip
-    text = render(tokenizer, messages, template, tools=tools)
+    try:
+        text = render(tokenizer, messages, template, tools=tools)
+    except TemplateError:  # Mistral's templates write the system prompt only where generation continues
+        if answers[-1:] != [len(messages) - 1] or messages[-1].get("tool_calls"):
+            raise
+        text = prompts[answers[-1]] + plain_text(messages[-1]) + (tokenizer.eos_token or "")
     marked = marked_template(tokenizer, template)
     spans: list | None = None
     if marked:
@@ -226,11 +239,12 @@ def render_chat(
     else:
         for number in trained:
             _check_kept(messages[number], text)
-        start = in_common(prompts.get(trained[0], ""), text)
-        spans = [span for span in spans if span[1] > start]
+        spans = [span for span in spans if span[1] > in_common(prompts.get(trained[0], ""), text)]
     if loss_on == "all":
         opening = prompts.get(min((number for number in answers if number >= first), default=0), "") if first else ""
         spans = [(in_common(opening, text), len(text))]
+    if any(thoughts not in text for thoughts in _thoughts(messages[answers[-1]])):
+        raise TemplateError("the chat template leaves out the thoughts of the answer: give one that keeps them")
     fitting = [len(prompt) for prompt in prompts.values() if text.startswith(prompt)]
     return Rendered(text, tuple(fitting), tuple(spans), (), len(fitting) < len(prompts))
 
@@ -248,6 +262,8 @@ def _answers_by_prompts(tokenizer, messages, template, tools, text, prompts, tra
     elif last not in prompts or messages[last].get("tool_calls") or not _kept(messages[last], text):
         raise _left_out(messages[last])
     else:  # The template changes the prompt when an answer follows, but generation continues the prompt.
+        if prompts[last].rstrip().endswith(THINKS):
+            answer = answer.removeprefix(THINKS).lstrip("\n")
         start, text = len(prompts[last]), prompts[last] + answer + end
     spans = []
     for number in trained[:-1]:
@@ -279,6 +295,13 @@ def _kept(message: Message, text: str) -> bool:
     said = plain_text(message).split("</think>")[-1].strip()
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     return said in text and all(str(call.get("name", "")) in text for call in calls)
+
+
+def _thoughts(message: Message) -> list[str]:
+    """What an assistant thinks before it says anything, from each place where data has it."""
+    inside = plain_text(message).rpartition("</think>")[0].strip().removeprefix(THINKS)
+    beside = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return [thoughts.strip() for thoughts in (inside, *beside) if isinstance(thoughts, str)]
 
 
 def _check_kept(message: Message, text: str) -> None:
@@ -335,7 +358,8 @@ def encode_rendered(tokenizer, rendered: Sequence[Rendered]) -> list[tuple[list[
             row, labels = _encode_in_parts(tokenizer, one)
         else:
             row, labels = ids[at], _labels(one, ids[at], encoded["offset_mapping"][at])
-        rows.append(([*one.begin, *row], [IGNORED] * len(one.begin) + labels))
+        begin = () if tuple(row[: len(one.begin)]) == one.begin else one.begin  # a text may have it already
+        rows.append(([*begin, *row], [IGNORED] * len(begin) + labels))
         at += 1 + len(one.prompts)
     return rows
 

@@ -226,6 +226,10 @@ class GRPOArguments(RLArguments, GRPOConfig):
         (1, 0.0)
     """
 
+    refused: ClassVar[dict[str, str]] = {
+        **REFUSED,
+        "chat_template_kwargs": "the adapter would not record it; write it into --chat-template",
+    }
     include_num_input_tokens_seen: str | bool = field(
         default="no", metadata={"help": "not used: TRL counts the tokens of prompts and answers"}
     )

@@ -137,8 +137,7 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     rows = token_rows(tokenizer, train, prompt)
     coded, d_ratio = ({"codec": "auto", "group": GROUP}, 0.05) if options.keep_quantized else ({}, 0.03)
     d_ratio = d_ratio if options.d_ratio is None else options.d_ratio  # 0 trains no channels
-    config = S2FTConfig(d_ratio=d_ratio, o_ratio=options.o_ratio, seed=options.seed, **coded)
-    attached = s2ft.attach(model, config)
+    attached = s2ft.attach(model, S2FTConfig(d_ratio=d_ratio, o_ratio=options.o_ratio, seed=options.seed, **coded))
     rate = rate_of_adapter(model, options.steps) if options.learning_rate is None else options.learning_rate
     add_info(model, {"prompt": prompt.to_dict()})
     print(attached)

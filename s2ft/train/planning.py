@@ -49,7 +49,7 @@ from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import with_units
-from s2ft.train.loss import loss_in_chunks
+from s2ft.train.loss import has_standard_loss, loss_in_chunks
 from s2ft.train.parallel import run_where_weights_are
 
 RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
@@ -162,7 +162,8 @@ def with_memory(
     ends: dict[int, tuple[int, int]] = {}
     strategy = step["strategy"]
     whole_logits = strategy is not None and strategy.shards_weights  # of a head that is gathered
-    loss = loss_in_chunks if chunked and not whole_logits else None
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    loss = loss_in_chunks if chunked and not whole_logits and not capped and has_standard_loss(model) else None
     for row in {usable[-1].trained: usable[-1], usable[0].trained: usable[0]}.values():
         wanted = config if row.ratio is None else with_ratio(config, row.ratio)
         found = s2ft.estimate(model, wanted, **step, loss=loss, use_cache=False)

@@ -416,10 +416,8 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
             self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
 
     def _tokenize_prompts(self, prompts: list):
-        """Return the token ids of prompts. A text begins as a text of the training does, and has no end token."""
-        if isinstance(prompts[0], str):
-            return [encode_prompt(self._tokenizer, prompt) for prompt in prompts], None, {}
-        return super()._tokenize_prompts(prompts)
+        """Return the token ids of prompts, which are those of every other command."""
+        return [encode_prompt(self._tokenizer, prompt) for prompt in prompts], None, {}
 
     # ---- the same rows after a resume ----------------------------------------------------------------------
 

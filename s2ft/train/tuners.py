@@ -137,8 +137,7 @@ def prepare(
         wrapped = model.requires_grad_(True)
     else:
         wrapped = with_peft(model, method, options, seed)
-    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return Prepared(wrapped, model, method, options, trainable)
+    return Prepared(wrapped, model, method, options, sum(p.numel() for p in wrapped.parameters() if p.requires_grad))
 
 
 def check_tuner(method: str) -> None:

@@ -36,6 +36,7 @@ from s2ft.vllm.slice_layer import KINDS, OPTION
 logger = logging.getLogger(__name__)
 
 MOST_IN_BATCH = 8  # adapters in one batch, unless the user gives --max-loras: each has a slot in the GPU's memory
+SEVERAL_SERVERS = {"--data-parallel-size", "-dp", "--api-server-count"}  # options of vLLM
 MOST_IN_MEMORY = 64  # adapters in host memory, unless the user gives --max-cpu-loras
 # What `s2ft serve` gives to vLLM by options of its own.
 OWN = {
@@ -223,10 +224,11 @@ def launch(
         template: File with the chat template. None uses the base's own.
     """
     environment = {}
+    given = {option.partition("=")[0].replace("_", "-") for option in options}
     directories = [source.folder for source in map(source_of, job.adapters) if source.name is None]
     if directories:
         environment[DIRECTORY] = os.pathsep.join(str(Path(one).resolve()) for one in directories)
-        environment[ALLOWED] = os.environ.get(ALLOWED, "1")
+        environment[ALLOWED] = os.environ.get(ALLOWED, "0" if given & SEVERAL_SERVERS else "1")  # vLLM refuses both
         logger.info(
             "new adapters in %s are found while the server runs (%s=%s, which also lets clients load and unload "
             "adapters of any folder; 0 forbids both)",
@@ -241,7 +243,8 @@ def launch(
         environment[OPTION] = units_for(adapters) if job.slice_units is None else job.slice_units
     if key:  # other users of the machine can read a command line, but not this variable
         environment["VLLM_API_KEY"] = key
-    given = {option.partition("=")[0].replace("_", "-") for option in options}
+    if "--max-loras" in given:
+        given.add("--max-cpu-loras")  # vLLM's default follows it
     chosen = {"--served-model-name": [base], **_of_base(job), **sized(adapters, job.slices)}
     if template is not None:
         chosen["--chat-template"] = [str(template)]

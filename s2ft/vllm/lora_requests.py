@@ -53,7 +53,7 @@ NEEDED = (
 )
 MARK = re.compile(r"(?P<path>.+)#s2ft-(?P<version>[0-9a-f]{16})")
 FIRST = 1 << 30  # numbers of adapters that are loaded in place; vLLM counts the others from 1
-KEPT = 128  # contents that a worker keeps
+KEPT = 512  # contents that a worker keeps
 
 
 def install() -> None:

@@ -13,7 +13,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from s2ft.adapter.folders import STATE
 from s2ft.config import refuse
+from s2ft.files.reading import own_folder
 from s2ft.vllm.compatibility import in_place_of, logger, private, when_imported
 from s2ft.vllm.lora_requests import folder_of
 
@@ -50,7 +52,11 @@ def install() -> None:
     private("vllm.lora.resolver", "LoRAResolverRegistry").register_resolver(NAME, make_resolver(directories, hub))
     when_imported(SERVING, FEATURE, _say_why)
     if not private("vllm", "envs").VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-        logger.warning("s2ft: %s is set, and vLLM asks for unknown names only with %s=1", DIRECTORY, ALLOWED)
+        logger.warning(
+            "s2ft: %s is set, and vLLM asks for unknown names only with %s=1",
+            DIRECTORY if directories else HUB,
+            ALLOWED,
+        )
 
 
 def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
@@ -100,7 +106,7 @@ def path_of(name: str, directories: Sequence[Path], hub: frozenset[str]) -> str 
 
 
 def _in_directory(name: str, directory: Path) -> str | None:
-    """A folder of the directory itself. A name with a separator or a link that leads out of it finds nothing."""
+    """A folder of the directory itself. A separator, a link that leads out of it, or a checkpoint finds nothing."""
     if not FOLDER.fullmatch(name):
         return None
     folder = directory / name
@@ -108,7 +114,7 @@ def _in_directory(name: str, directory: Path) -> str | None:
         inside = folder.is_dir() and folder.resolve().is_relative_to(directory.resolve())
     except OSError:  # a name that is too long in its bytes
         return None
-    return str(folder) if inside else None
+    return str(folder) if inside and not (own_folder(folder) / STATE).is_file() else None
 
 
 # ---- the answer to a client whose adapter does not load --------------------------------------------------

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 from support.inside import native
 from support.models import WHOLE_KEYS, model_of, output_of, ratios_for, token_batch
 from support.states import same
+from test_towers import llava
 from train.tiny import save_random_adapter
 
 import s2ft
@@ -241,6 +242,12 @@ def test_experts_and_weights_trained_in_full_are_refused(tmp_path):
     model.config.model_type = "xlnet"  # whose layers get the time first
     with pytest.raises(ValueError, match=r"inputs are not \[sequences, ...\]"):
         AdapterBank(model, tmp_path)
+
+
+def test_an_adapter_of_layers_whose_rows_are_images_is_refused(tmp_path):
+    save_random_adapter(tmp_path / "seen", llava(), d_ratio=0.5, towers=["vision"])
+    with pytest.raises(ValueError, match="rows are images"):
+        enter(AdapterBank(llava(), tmp_path), "seen")
 
 
 def test_adapters_of_both_sides_of_a_layer_are_refused(folder, model, tmp_path):

@@ -75,7 +75,7 @@ def test_tools_are_found_by_the_option_the_variable_and_the_path(work, tmp_path,
 @pytest.mark.parametrize("base", ("model", pytest.param("base.gguf", marks=pytest.mark.slow)))
 def test_the_converter_writes_the_merged_model(base, work, tmp_path, capsys):
     assert export(work, tmp_path, "--llama-cpp", work / "llama.cpp", base=base) == 0
-    assert "F32, written by llama.cpp's convert_hf_to_gguf.py, loaded again and compared" in capsys.readouterr().out
+    assert "F32, written by llama.cpp's convert_hf_to_gguf.py, 20 tensors read again" in capsys.readouterr().out
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
     again, tokenizer = load_model(str(tmp_path / "out"))
     merged = AutoModelForCausalLM.from_pretrained(work / "merged").state_dict()
@@ -84,17 +84,20 @@ def test_the_converter_writes_the_merged_model(base, work, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_quantizer_is_used_and_compared(work, tmp_path, capsys):
+def test_the_quantizer_is_used(work, tmp_path, capsys):
     assert export(work, tmp_path, "--llama-cpp", work / "llama.cpp", "--quantization", "q4_k_m") == 0
-    printed = capsys.readouterr().out
-    assert "Q4_K_M, written by llama.cpp's convert_hf_to_gguf.py and llama-quantize" in printed
-    assert "weights differ by" in printed and [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert "Q4_K_M, written by llama.cpp's convert_hf_to_gguf.py and llama-quantize" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
 
 
 @pytest.mark.parametrize(
     "script,error,word",
     (
-        ("import shutil, sys; shutil.copy('{base}', sys.argv[3])", RuntimeError, "down_proj"),  # without the adapter
+        (
+            "import sys; data = open('{base}', 'rb').read(); open(sys.argv[3], 'wb').write(data[:-4] + b'\\xff' * 4)",
+            RuntimeError,
+            "has NaN",
+        ),
         ("import sys; print('a line'); sys.exit('Unknown: BPE pre-tokenizer')", ValueError, "status 1: Unknown: BPE"),
     ),
 )

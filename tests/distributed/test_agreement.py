@@ -24,8 +24,7 @@ def attach_on_all_ranks(rank, seeds, scales, names):
     model = model_of("llama")
     model.model.layers[1].mlp.up_proj.weight.data.mul_(scales[rank])
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    config = s2ft.S2FTConfig(d_ratio=0.2, seed=seeds[rank])
-    message = error_of(lambda: s2ft.attach(model, config, names[rank]))
+    message = error_of(lambda: s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, seed=seeds[rank]), names[rank]))
     same = before.keys() == model.state_dict().keys() and all(
         torch.equal(value, before[key]) for key, value in model.state_dict().items()
     )

@@ -27,8 +27,7 @@ def measured(monkeypatch):
             raise {"memory": torch.OutOfMemoryError, "value": ValueError}[settings["error"]]("too much")
         return [{"loss": 1.0 + settings["seed"]}]
 
-    kind = type("Kind", (), {"measure": staticmethod(measure)})
-    monkeypatch.setattr(runner, "import_module", lambda name: kind)
+    monkeypatch.setattr(runner, "import_module", lambda name: type("Kind", (), {"measure": staticmethod(measure)}))
     return made
 
 

@@ -8,7 +8,6 @@ from support.inside import Calibration, Request, couplings_of, projections_of, w
 from support.models import model_of
 
 import s2ft
-from bench.experiments import selections
 from bench.experiments.selections import CANDIDATES, KEPT, ProtectedRequest, choose
 
 CASES = ("llama-grouped", "mixtral")
@@ -120,17 +119,6 @@ def test_scores_equal_the_direct_computation_in_float64(case, name):
         assert found[path].dtype is torch.float64 and bool((found[path] >= 0).all())
 
 
-def test_the_randomized_decomposition_is_near_the_exact_one_and_always_the_same(monkeypatch):
-    """Large weights get it. A spectrum like that of a trained weight: a few large values over a slow decay."""
-    left, right = (torch.linalg.qr(torch.randn(size, 96, dtype=torch.float64)).Q for size in (130, 96))
-    rows = left * (1 / torch.arange(1, 97)) @ right.T
-    exact, before = selections._inside(rows), torch.random.get_rng_state()
-    monkeypatch.setattr(selections, "EXACT", 8)
-    found = selections._inside(rows)
-    assert torch.equal(before, torch.random.get_rng_state()) and torch.equal(found, selections._inside(rows))
-    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-6)
-
-
 # ---- choosing --------------------------------------------------------------------------------------------
 
 
@@ -144,22 +132,7 @@ def test_the_meant_end_is_chosen_twice_the_same_and_the_model_does_not_change(na
         chosen = choose(model, name, config, rows_of(model, 1), rows_of(model, 2))
         assert chosen == choose(model, name, config, rows_of(model, 1), rows_of(model, 2))
         path = "model.layers.1.mlp.down_proj"
-        largest = (order == "largest") != CANDIDATES[name].smallest
-        ranking = scores[path].argsort(descending=largest, stable=True)
+        ranking = scores[path].argsort(descending=((order == "largest") != CANDIDATES[name].smallest), stable=True)
         assert torch.equal(chosen[path], ranking[: chosen[path].numel()].sort().values)
     assert all(torch.equal(value, before[path]) for path, value in model.state_dict().items()) and model.training
     assert s2ft.attach(model, s2ft.S2FTConfig(units=chosen)).trainable > 0
-
-
-@pytest.mark.parametrize("name", ("random", "gradient", "principal", "fisher_ratio"))
-def test_protected_units_are_never_chosen(name):
-    model = model_of("llama")
-    needed = need_of(model)
-    data = rows_of(model, 1), iter(rows_of(model, 2))
-    config = s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.5, protect_ratio=0.5)
-    for path, units in choose(model, name, config, *data).units.items():
-        most = needed[path].argsort(descending=True)[: needed[path].numel() // 2]
-        assert units.numel() and not set(units.tolist()) & set(most.tolist())
-    for wrong, words in (((name, config, rows_of(model, 1)), "protect"), (("principle", config), "must be one of")):
-        with pytest.raises(ValueError, match=words):
-            choose(model, *wrong)

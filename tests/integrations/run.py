@@ -40,8 +40,7 @@ LENGTH = 64  # tokens of every chat, so that no program pads a batch in its own 
 
 def lay_out(name: str, folder: Path) -> dict:
     """Write the base, the chats and the files of a program. Returns the program's row of programs.yaml."""
-    installed = environment(name)
-    text = TABLE.replace("FOLDER", str(folder)).replace("PROGRAMS", str(installed)).replace("ROOT", str(ROOT))
+    text = TABLE.replace("FOLDER", str(folder)).replace("PROGRAMS", str(environment(name))).replace("ROOT", str(ROOT))
     program = yaml.safe_load(text)["programs"][name]
     save_tiny(folder / "base", tie_word_embeddings=False)
     (folder / "base" / "chat_template.jinja").write_text(MARKED)

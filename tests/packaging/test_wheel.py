@@ -108,8 +108,7 @@ def test_a_library_runs_that_is_linked_with_old_symbols(run, tmp_path):
 @pytest.mark.slow
 @needs_gcc
 def test_a_wheel_with_cpu_kernels_is_for_every_python_and_old_systems(run, source, environment, tmp_path):
-    libraries = old_symbols.write_libraries(tmp_path / "libraries")
-    flags = f"-L{libraries} -Wl,--exclude-libs,ALL"
+    flags = f"-L{old_symbols.write_libraries(tmp_path / 'libraries')} -Wl,--exclude-libs,ALL"
     run(["setup.py", "-q", "bdist_wheel", "-d", tmp_path], cwd=source, S2FT_BUILD="cpu", LDFLAGS=flags)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-cp310-abi3-linux_x86_64.whl")

@@ -186,6 +186,12 @@ def two_heads():
     return model
 
 
+def outputs_beside():
+    model = two_of("llama")
+    model.add_adapter("c", S2FTPeftConfig(target_modules=["lm_head"], ratio=0.1, dim="outputs"))
+    return model
+
+
 def of_no_family():
     net = nn.Sequential(nn.Linear(4, 8))
     return get_peft_model(net, S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="inputs"))
@@ -259,6 +265,7 @@ REFUSED = {
     "sum of nothing": (two_of, adds_up([], [], "sum"), "at least 1"),
     "sum of a name": (two_of, adds_up(["a"], [1], "b"), "'b'"),
     "sum by svd": (two_of, adds_up(["a"], [1], "sum", "svd"), "linear"),
+    "sum of sides": (outputs_beside, adds_up(["a", "c"], [1, 1], "sum"), "another dim"),
     "sum of heads": (two_heads, adds_up(["a", "b"], [1, 1], "sum"), "modules_to_save"),
     "no family in native form": (of_no_family, to_native, "family"),
     "a module in no coupling": (

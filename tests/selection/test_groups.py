@@ -41,8 +41,9 @@ def test_a_group_has_the_score_of_all_its_inputs():
 
 def test_excluded_units_take_their_group_with_them():
     path = DOWN.format(0)
-    exclude = {path: list(range(0, CHANNELS - 4, 4))}  # one of each group but the last
-    config = S2FTConfig(d_ratio=4 / CHANNELS, group=4, layers=[0], exclude=exclude)
+    config = S2FTConfig(
+        d_ratio=4 / CHANNELS, group=4, layers=[0], exclude={path: list(range(0, CHANNELS - 4, 4))}
+    )  # one of each group but the last
     assert s2ft.select(MODEL, config)[path].tolist() == list(range(CHANNELS - 4, CHANNELS))
 
 

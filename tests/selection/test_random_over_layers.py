@@ -26,8 +26,7 @@ def test_the_number_is_a_share_of_all_units_rounded_down():
     with pytest.raises(ValueError, match="d_ratio=0.006 selects none of the 156 channels of all layers; the smallest"):
         units(0, 0.006)
     assert len(units(0, 0.5, budget=24 * 7)) == 7
-    smallest = 1 / 156
-    assert len(units(0, float(f"{smallest + 1e-6:.6f}"))) == 1
+    assert len(units(0, float(f"{(1 / 156) + 1e-6:.6f}"))) == 1
 
 
 def test_the_number_of_parameters_is_that_of_the_reference_code():

@@ -133,8 +133,7 @@ def _flipped(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
 
 def _choices(config: PretrainedConfig, key: str, hint: Any) -> list[str]:
     """The strings that an entry may be: by its type, or because the code of the type compares it with them."""
-    hints = [hint, *get_args(hint)]
-    listed = [choice for one in hints if get_origin(one) is Literal for choice in get_args(one)]
+    listed = [choice for one in [hint, *get_args(hint)] if get_origin(one) is Literal for choice in get_args(one)]
     folder = Path(sys.modules[type(config).__module__].__file__).parent
     for file in (*folder.glob("modeling_*.py"), *folder.glob("configuration_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -119,7 +119,7 @@ MODULES = {
     "train.loss": ("CHUNK ChunkedLoss IGNORED chunk_of chunked_loss loss_in_chunks sum_of_losses why_not_chunked"),
     "train.options": "ForgettingOptions ModelOptions RunOptions SCHEDULES",
     "train.parallel": "Devices check_divided_rows",
-    "train.planning": "planned rows_of saved_by_bits",
+    "train.planning": "planned rows_of saved_by_bits with_memory",
     "train.rewards": "RewardError answer_equal answer_format check_columns checked is_equal load_rewards numbers",
     "train.run": "Encoded fitting_batch set_batches smaller_step",
     "train.tuners": "TUNERS prepare",

@@ -22,6 +22,10 @@ READ = {
     ),
     "numeric output": ({"instruction": "2+3=", "output": 5}, {"messages": CHAT}),
     "prompt and completion": ({"prompt": "2+3=", "completion": "5"}, {"prompt": "2+3=", "completion": "5"}),
+    "prompt and completion with system": (
+        {"prompt": "2+3=", "completion": "5", "system": "Be brief."},
+        {"messages": [SYSTEM, *CHAT]},
+    ),
     "TRL's conversational form": ({"prompt": [USER], "completion": [ASSISTANT]}, {"prompt": [USER], "completion": [ASSISTANT]}),
     "question and answer": ({"question": "2+3=", "answer": 5}, {"messages": CHAT}),
     "prompt and response": ({"prompt": "2+3=", "response": "5"}, {"messages": CHAT}),

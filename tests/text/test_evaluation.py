@@ -84,8 +84,7 @@ def test_a_frozen_head_has_a_contiguous_input_and_the_same_logits():
 
 
 def test_accuracy_counts_right_records(monkeypatch):
-    texts = ["The answer is 0.", "3", "4", "", "no 4"]
-    monkeypatch.setattr("s2ft.text.evaluation.generate", lambda *_, **__: texts)
+    monkeypatch.setattr("s2ft.text.evaluation.generate", lambda *_, **__: ["The answer is 0.", "3", "4", "", "no 4"])
     result = evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", max_new_tokens=4)
     assert [record.right for record in result.records] == [True, False, True, False, False]
     assert result.accuracy == 2 / 5 and result.to_dict()["right"] == 2 and "2 of 5" in str(result)

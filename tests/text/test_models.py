@@ -108,8 +108,7 @@ def test_a_recurrent_model_that_ignores_padding_and_caches_refuses_both(tmp_path
     for ignored in ({"attention_mask": (ids > 0).long()}, {"past_key_values": DynamicCache()}):
         with pytest.raises(ValueError, match="padding before a row, and transformers' cache"):
             model(ids, **ignored)
-    after = torch.tensor([[1, 1, 0]])
-    assert torch.equal(model(ids, attention_mask=after).logits, model(ids).logits)
+    assert torch.equal(model(ids, attention_mask=torch.tensor([[1, 1, 0]])).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("name", MODELS)

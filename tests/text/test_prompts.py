@@ -44,12 +44,17 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] != 'assistant' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+SYSTEM_LAST = MISTRAL.replace(
+    "{% if m['role'] != 'assistant' %}{{ '[INST] ' +",
+    "{% if m['role'] == 'system' %}{% elif m['role'] == 'user' %}{{ '[INST] ' + (messages[0]['content'] + '\n\n' "
+    "if loop.last and messages[0]['role'] == 'system' else '') +",
+)
 COLON = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + (eos_token if m['role'] == 'assistant' else '\n\n') }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 STABLE = {"chat": CHAT, "alpaca": None, "trimming": TRIMMING, "mistral": MISTRAL, "colon": COLON, "endless": ENDLESS}
-TEMPLATES = {**STABLE, "thinking": THINKING, "rewriting": REWRITING}
+TEMPLATES = {**STABLE, "thinking": THINKING, "rewriting": REWRITING, "system last": SYSTEM_LAST}
 
 
 def encoded(tokenizer, *messages, loss_on="assistant"):
@@ -129,10 +134,18 @@ def test_a_template_that_drops_a_message_or_the_tools_is_refused(role):
 
 def test_a_template_may_rewrite_a_text_and_tools_may_be_odd():
     rewriting = tiny_tokenizer(CHAT.replace("m['content']", "m['content'].replace('/think', '')"))
-    messages = {"role": "user", "content": "see /thinking"}, assistant("2")
+    messages = [{"role": "user", "content": "see /thinking"}, assistant("2")] * 9  # more would take years, one by one
     assert "see ing" in render_chat(rewriting, messages, template_of(rewriting)).text
-    odd = [{"function": None}, {"name": 5}]
-    assert render_chat(rewriting, messages, template_of(rewriting), tools=odd).text
+    assert render_chat(rewriting, messages, template_of(rewriting), tools=[{"function": None}, {"name": 5}]).text
+
+
+def test_thoughts_are_trained_once_and_a_template_that_drops_them_is_refused():
+    distilled = tiny_tokenizer((OF_TRL / "deepseek_r1_distill.jinja").read_text())
+    text = render_chat(distilled, (ASK, assistant("<think>\nadd\n</think>\n\n2")), template_of(distilled)).text
+    assert text.endswith("<think>\nadd\n</think>\n\n2<|im_end|>") and text.count("<think>") == 1
+    for thoughts in ("reasoning_content", "reasoning", "thinking"):
+        with pytest.raises(TemplateError, match="leaves out the thoughts"):
+            encoded(tiny_tokenizer(), ASK, {**assistant("2"), thoughts: "add"})
 
 
 def test_chat_that_begins_with_the_assistant():
@@ -186,7 +199,7 @@ def test_the_tokenizers_first_token_is_kept_and_an_end_token_is_dropped():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
     )
-    for prompt in (TALK[1:2], "a text"):
+    for prompt in (TALK[1:2], "a text", "<|im_start|>a text"):
         ids = encode_prompt(tokenizer, prompt)
         assert ids[:2] == [1, tokenizer.encode(prompt_text(tokenizer, prompt).removeprefix("<|im_start|>"))[1]]
         assert ids[-1] != 2

@@ -34,8 +34,7 @@ def compare(work, words, output="out"):
             "s2ft.train.comparing.own_process", lambda words: made.append(words[-3:]) or main(["compare", *words])
         )
         status = main(["compare", *map(str, files), *words.split()])
-    lines = runs.read_text().splitlines() if runs.exists() else []
-    return status, [json.loads(line) for line in lines], made
+    return status, [json.loads(line) for line in (runs.read_text().splitlines() if runs.exists() else [])], made
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from support.inside import (
     with_columns,
 )
 from support.states import same, tensors_of, with_adapter
-from train.tiny import tiny_model, tiny_tokenizer
+from train.tiny import CHAT, tiny_model, tiny_tokenizer
 from trl.trainer import grpo_trainer
 
 import s2ft
@@ -96,8 +96,9 @@ def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypat
     assert same(s2ft.detach(model), tiny_model())
 
 
-def test_answers_are_generated_for_the_prompts(tmp_path, monkeypatch):
-    model, tokenizer = with_adapter(tiny_model(), CONFIG), tiny_tokenizer()
+@pytest.mark.parametrize("template", [CHAT, CHAT.replace("m['content']", "m['content'][0]['text']")])
+def test_answers_are_generated_for_the_prompts(template, tmp_path, monkeypatch):
+    model, tokenizer = with_adapter(tiny_model(), CONFIG), tiny_tokenizer(template)
     trainer = GRPORunTrainer(
         model, REWARDS, arguments(tmp_path, max_steps=1, save_steps=0), prompts(tokenizer), tokenizer=tokenizer
     )

@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 from support.commands import s2ft_command
-from support.inside import loss_in_chunks, planned, rows_of, saved_by_bits, size_of
+from support.inside import loss_in_chunks, planned, rows_of, saved_by_bits, size_of, with_memory
+from support.models import model_of
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
@@ -66,6 +67,13 @@ def test_estimate_counts_the_ends_and_draws_a_line_that_is_never_below(folder, c
     assert (rows[0]["peak"], rows[2]["peak"]) == (peaks[0], peaks[2])
     assert peaks[1] <= rows[1]["peak"] <= 1.05 * peaks[1]
     assert [row["fits"] for row in rows] == [row["peak"] <= 300 * 1024 for row in rows]
+
+
+def test_the_logits_of_a_capped_head_are_counted():
+    model, step = model_of("gemma2"), dict(batch=2, length=32, strategy=None, memory=None, device="cpu")
+    rows = rows_of(model, CONFIG, ())
+    chunked, kept = (with_memory(rows, model, CONFIG, step, chunked, None)[1].peak for chunked in (True, False))
+    assert chunked == kept
 
 
 def test_a_quantized_base_saves_what_its_linear_layers_save():

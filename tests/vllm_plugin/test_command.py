@@ -98,8 +98,14 @@ def test_the_command_line_and_the_variables(tmp_path, monkeypatch):
         "S2FT_VLLM_SLICES": "1",
         "S2FT_VLLM_UNITS": "9",
     }
+    several = launch(adapters, [tmp_path], options=("--data-parallel-size", "2"))[1]
+    assert several["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
     line, environment = launch(adapters, options=("--max_loras=2", "--tensor-parallel-size", "2"))
-    assert "--max-loras" not in line and value(line, "--tensor-parallel-size") == "2" and "--max_loras=2" in line
+    assert (
+        not {"--max-loras", "--max-cpu-loras"} & set(line)
+        and value(line, "--tensor-parallel-size") == "2"
+        and "--max_loras=2" in line
+    )
     assert environment == {}  # single adapters open no directory
     monkeypatch.setenv("VLLM_PLUGINS", "other")  # of which vLLM would load no more
     assert launch(adapters)[1] == {"VLLM_PLUGINS": "other,s2ft"}

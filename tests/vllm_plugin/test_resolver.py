@@ -42,6 +42,9 @@ def found(name, adapters, hub=()):
 def test_folders_of_the_directory_are_found_by_their_names(adapters):
     assert found("math", adapters) == str(adapters / "math")
     assert found("run", adapters) == str(adapters / "run"), "the output folder of a run"
+    (state := adapters / "math/trainer_state.json").touch()
+    assert found("math", adapters) is None, "a checkpoint"
+    state.unlink()
     assert found("lora", adapters) is None and found("unknown", adapters) is None, "other resolvers are asked"
 
 

@@ -277,8 +277,7 @@ def _set(entries: dict, dotted: str, value: Any) -> None:
 
 def _cut_entry(key: str, value: Any, entries: dict, widths: bool, depth: int) -> Any:
     if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
-        rotated = HEAD_DIM // 2 if entries.get("kv_lora_rank") else HEAD_DIM
-        return _rope(value, rotated // 2) if widths else value
+        return _rope(value, (HEAD_DIM // 2 if entries.get("kv_lora_rank") else HEAD_DIM) // 2) if widths else value
     if key in _AS_IT_IS:
         return value
     if key == "use_cache":

@@ -151,7 +151,7 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("biogpt", "xglm"): DECODER,
     ("opt",): replace(DECODER, stacks=("decoder.layers",)),
     (
-        *("bert", "bert-generation", "big_bird", "bros", "camembert", "data2vec-text", "electra", "ernie", "esm"),
+        *("bert", "bert-generation", "bros", "camembert", "data2vec-text", "electra", "ernie", "esm"),
         *("layoutlm", "markuplm", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"),
         *("roformer", "splinter", "tapas", "visual_bert", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"),
     ): BERT_LIKE,
@@ -160,6 +160,7 @@ NAMES: dict[tuple[str, ...], Names] = {
     ),
     ("clip_text_model", "clip_vision_model", "tipsv2_text_model"): CLIP_LIKE,
     ("deberta-v2",): DEBERTA,
+    ("big_bird",): replace(BERT_LIKE, numbered=True),  # each head draws its blocks
     ("layoutlmv3",): replace(BERT_LIKE, numbered=("has_relative_attention_bias",)),
     ("longformer",): replace(
         BERT_LIKE, more=(("self.query_global", "q"), ("self.key_global", "k"), ("self.value_global", "v"))
@@ -323,7 +324,9 @@ NAMES: dict[tuple[str, ...], Names] = {
 SEVERAL: dict[tuple[str, ...], tuple[Names, ...]] = {
     ("git",): (BERT_LIKE, replace(CLIP_LIKE, stacks=("image_encoder.vision_model.encoder.layers",))),
     ("bigbird_pegasus",): (
-        Names(("encoder.layers",), "fc1", "fc2", layers=("self.query", "self.key", "self.value", "output")),
+        Names(
+            ("encoder.layers",), "fc1", "fc2", layers=("self.query", "self.key", "self.value", "output"), numbered=True
+        ),
         BART_DECODER,
     ),
     ("led",): (
@@ -430,7 +433,8 @@ def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) 
     own = names.attention if isinstance(names.attention, tuple) else (names.attention,)
     for name, kind in (*((one, "attention") for one in own), (cross, "cross-attention")):
         if name and get(block, name) is not None:
-            flags = names.numbered if kind == "attention" else False
+            # Whisper's alignment_heads are numbers of heads of its cross-attention
+            flags = names.numbered if kind == "attention" else config_of(model).model_type == "whisper"
             fixed = flags if isinstance(flags, bool) else any(getattr(config_of(model), flag) for flag in flags)
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found

@@ -34,7 +34,7 @@ ROLES = {  # names of roles in ShareGPT data, and the roles of chat templates
     "function_call": "function_call",
     "tool_call": "function_call",
 }
-OF_A_MESSAGE = ("name", "tool_call_id", "reasoning_content", "thinking")  # fields that templates may use
+OF_A_MESSAGE = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")  # fields that templates may use
 
 
 class BadRow(ValueError):
@@ -120,6 +120,8 @@ def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
     if {type(row["prompt"]), type(row["completion"])} == {str, list}:
         raise BadRow("fields 'prompt' and 'completion' must both be text or both be lists of messages")
     if not isinstance(row["prompt"], list):
+        if row.get("system"):
+            return _answered("prompt", "completion", row, scored)
         return {"prompt": text(row, "prompt", may_be_empty=True), "completion": _answer(row, "completion", scored)}
     prompt, completion = (read_messages(row[name], name) for name in ("prompt", "completion"))
     prompt = prompt and with_system(row, prompt)

@@ -25,8 +25,7 @@ RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
 def numbers(count: int, seed: int) -> torch.Tensor:
     """[count] float32 in [-0.5, 0.5), from 24 bits of sha256 each, so that they are equal in every release of torch."""
     digests = b"".join(hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(count // 8 + 1))
-    words = torch.frombuffer(bytearray(digests), dtype=torch.int32)[:count]
-    return (words & 0xFFFFFF).float() / 2**24 - 0.5
+    return (torch.frombuffer(bytearray(digests), dtype=torch.int32)[:count] & 0xFFFFFF).float() / 2**24 - 0.5
 
 
 def fill(model: nn.Module) -> nn.Module:
