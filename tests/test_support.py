@@ -4,7 +4,6 @@ import ast
 from multiprocessing import get_context
 from pathlib import Path
 
-
 # This runs in a separate process, because products stay divided.
 DIVIDED = """
 import torch

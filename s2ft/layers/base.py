@@ -553,7 +553,7 @@ class S2Layer(TrainableLayer):
                 )
             values = self._units(weight) + (s2 - s2.detach()).to(weight.dtype)
         else:
-            values = effective_units(*self._summands((self._units(weight) if self.base is None else self.base), s2))
+            values = effective_units(*self._summands(self._units(weight) if self.base is None else self.base, s2))
         return self._with_units(weight.detach(), values)
 
     def base_weight(self) -> Tensor:

@@ -274,7 +274,8 @@ def experts_forward(
         return rows if others is None else rows.masked_fill(others, 0.0)
 
     rows = (offsets, experts if others is None else experts.clamp(max=count - 1), tokens)
-    outer = keep(_project(self, "down_proj", act(keep(_project(self, first, keep(x), *rows))), *rows))
+    inner = keep(_project(self, first, keep(x), *rows))
+    outer = keep(_project(self, "down_proj", act(inner), *rows))
     if getattr(self, "has_post_expert_norm", False):
         outer = self.post_expert_norm(outer)
     weighted = outer * top_k_weights.reshape(-1)[order, None]

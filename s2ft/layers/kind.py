@@ -382,7 +382,7 @@ class _Product(torch.autograd.Function):
             if of_s2:
                 if not is_dynamo_compiling():  # the forward of a graph has said so
                     layer.write_before_next_forward()
-                grad_s2 = kind.grad_of_s2(layer, grad, kept, s2, ctx.call, (not records and runs_directly(grad, s2)))
+                grad_s2 = kind.grad_of_s2(layer, grad, kept, s2, ctx.call, not records and runs_directly(grad, s2))
             if of_bias:
                 grad_bias = kind.grad_of_bias(grad).to(ctx.bias_dtype)
         if grad_kept is not None and of_x:

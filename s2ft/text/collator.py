@@ -106,7 +106,7 @@ class PackedCollator:
     @staticmethod
     def _pack(row: Mapping[str, Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the ids, the labels and the positions of a row, or of a pack with the lengths of its rows."""
-        positions = torch.cat([torch.arange(length) for length in (row.get("seq_lengths") or [len(row["input_ids"])])])
+        positions = torch.cat([torch.arange(length) for length in row.get("seq_lengths") or [len(row["input_ids"])]])
         labels = torch.tensor(row["labels"], dtype=torch.int64)
         labels[positions == 0] = IGNORED
         return torch.tensor(row["input_ids"], dtype=torch.int64), labels, positions

@@ -36,7 +36,6 @@ from s2ft.vllm.slice_layer import KINDS, OPTION
 logger = logging.getLogger(__name__)
 
 MOST_IN_BATCH = 8  # adapters in one batch, unless the user gives --max-loras: each has a slot in the GPU's memory
-SEVERAL_SERVERS = {"--data-parallel-size", "-dp", "--api-server-count"}  # options of vLLM
 MOST_IN_MEMORY = 64  # adapters in host memory, unless the user gives --max-cpu-loras
 # What `s2ft serve` gives to vLLM by options of its own.
 OWN = {
@@ -228,7 +227,9 @@ def launch(
     directories = [source.folder for source in map(source_of, job.adapters) if source.name is None]
     if directories:
         environment[DIRECTORY] = os.pathsep.join(str(Path(one).resolve()) for one in directories)
-        environment[ALLOWED] = os.environ.get(ALLOWED, "0" if given & SEVERAL_SERVERS else "1")  # vLLM refuses both
+        environment[ALLOWED] = os.environ.get(  # vLLM refuses it with several servers
+            ALLOWED, "0" if given & {"--data-parallel-size", "-dp", "--api-server-count"} else "1"
+        )
         logger.info(
             "new adapters in %s are found while the server runs (%s=%s, which also lets clients load and unload "
             "adapters of any folder; 0 forbids both)",

@@ -56,7 +56,7 @@ def test_eval_measures_the_adapter_against_its_base_on_text_prompts_and_answers(
     reported = json.loads((measured / "report.json").read_text())["forgetting"]
     assert printed.startswith("forgetting ") and found["drift"]["forgetting"] == pytest.approx(reported, abs=2e-5)
     asked = ["--data", work / "data.jsonl", "--max-new-tokens", 2, "--kl"]
-    found, printed = evaluate(*text, *asked, "--task", "arithmetic", "--num-beams", 2, "--field", "question=q")
+    found, printed = evaluate(*text, *asked, "--task", "arithmetic", "--num-beams", 2, "--field", "output=output")
     assert found["of"] == 12 == len(found["records"]) and "KL from the base" in printed
     tokenizer, models = tiny_tokenizer(), (tiny_model(), tiny_model())
     s2ft.load_adapter(models[1], measured / "adapter")

@@ -320,7 +320,7 @@ def activation_of(model: nn.Module, mlp: str) -> str | None:
     untouched = name in HIDDEN_ACTS and type(act) is type(ACT2FN[name]) and "forward" not in vars(act)
     # The same instructions: nothing that computes more is taken for it, as a derived class, or a forward put in later.
     code = getattr(type(block).forward, "__code__", None)
-    return HIDDEN_ACTS[name] if untouched and (code is not None and (code.co_code, code.co_names) in GATED) else None
+    return HIDDEN_ACTS[name] if untouched and code is not None and (code.co_code, code.co_names) in GATED else None
 
 
 def _gated(self, x):
