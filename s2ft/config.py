@@ -240,8 +240,8 @@ class S2FTConfig:
         protect_ratio: Share of each projection's units that are never chosen, above 0 and below 1: those that the base
             needs most on the protect data, by the scores of `product`. Default: 0.5 with protect data, else none.
         units: Units to train, in the same forms. It replaces the ratios and the options that choose units.
-        layout: `permuted` moves the selected units together into one dense slice (S²FT paper, section 3.2); `indexed`
-            leaves them in place.
+        layout: `permuted` moves the selected units together into one dense slice (S²FT paper, section 3.2), where they
+            can move; `indexed` leaves them in place.
         seed: Seed of the random selection, and of the command line's choice of calibration rows.
         layers: Numbers of the layers to train. Default: all.
         towers: Parts of a model of images or sound and text to train: `language`, `vision`, `audio`, `projector`.

@@ -495,7 +495,10 @@ COMMANDS = [
     (command(GRPO + " --rewards answer_equals", tasks=TASK), "answer_equals answer_equal"),
     (command(GRPO + " --rewards answer_equal", tasks='{"question": "1+1="}'), "answer_equal 'answer'"),
     (command(GRPO + " --rewards format --num-generations 1", tasks=TASK), "num_generations 2 1"),
-    (command(GRPO + ' --rewards format --chat-template-kwargs {{"a":1}}', tasks=TASK), "chat_template_kwargs record"),
+    (
+        command(GRPO + " --rewards format --chat-template-kwargs '{{\"a\": 1}}'", tasks=TASK),
+        "chat_template_kwargs record",
+    ),
     (command(GRPO + " --rewards format --num-iterations 3 --save-steps 4", tasks=TASK), "save_steps 4 3"),
     (command(GRPO + " --rewards format --sync-ref-model true --beta 0.1", tasks=TASK), "sync_ref_model base"),
     (

@@ -52,7 +52,7 @@ from s2ft.selection import unit_tensors
 
 
 def all_or_nothing(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
-    """Make a change that nothing leaves half done.
+    """Make a change; after a failure run `recover`, by default `change` again, so that nothing stays half done.
 
     It is no context manager: an interrupt in the middle of ``__exit__`` would put the recovery off.
 
@@ -110,7 +110,7 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
     record.change_unfinished, record.active = True, {}
     reshard_all(model)
     take_off_extra(model, record)
-    for move in record.moves:  # first: the copies below need no half-done order
+    for move in record.moves:  # first: the copies below need a whole order
         move.recover(model)
     if any(mounted.layer.fused for mounted in record.mounts.values()):  # the base is in the layers' order of units
         for move in record.moves:  # which an interrupted merge may have given up

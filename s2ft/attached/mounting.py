@@ -157,7 +157,7 @@ def _rounding_of(base: GgufFile | PackedFolder, path: str, mounted: Mount) -> Fi
 
 
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
-    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers (:func:`starting_from_base`).
+    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers, in :func:`starting_from_base`.
 
     Args:
         model: Model that has the record, with the base in its weights.
@@ -283,7 +283,7 @@ def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
 
 
 def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTConfig) -> S2Layer:
-    """Make the layer of one module: on a slice if the parts fill one, else on an index. Sets the positions in s2."""
+    """Make a module's layer: on a slice if the parts fill one, else on an index. Their positions become those in s2."""
     dim = parts[0].projection.dim
     found = contiguous_range(torch.cat([part.positions for part in parts]))
     if found is None:
@@ -291,7 +291,7 @@ def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTCon
     else:
         for part in parts:
             part.positions = part.positions - found[0]
-    # Under tensor parallelism the units are elsewhere, and s2 has the same order.
+    # Tensor parallelism puts the units elsewhere: then an index, in the order of s2.
     kind, index = kind_of(original), _current_index(parts, record)
     is_slice = found is not None and kind is not SPLIT_LINEAR and torch.equal(index, torch.arange(*found, device="cpu"))
     where: dict[str, Any] = {"start": found[0], "end": found[1]} if found and is_slice else {"index": index}
@@ -657,7 +657,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 @on_unwrapped
 def merge(model: nn.Module) -> nn.Module:
-    """Write the active adapters into the weights for good and return the plain model, with units in original order.
+    """Keep the active adapters in the weights and return the plain model, with units in original order.
 
     The weights equal those that the adapter was trained with, bit for bit. The base is kept until the end: after an
     interrupt the adapter is still there, and no adapter is active.
@@ -686,9 +686,9 @@ def merge(model: nn.Module) -> nn.Module:
         check_plain_and_untied(model, record, record.parts)
 
     def change() -> nn.Module:
-        with torch.enable_grad():  # values that were written through `.data` too
+        with torch.enable_grad():  # else values that were written through `.data` are not looked for
             write_changed_layers(model, record)
-        return make_plain(model, record)  # the weights hold the adapters
+        return make_plain(model, record)  # the weights hold base + s2, and merging is leaving it there
 
     def recover() -> None:
         if find_attachment(model) is not None:  # else all was done: the record goes last

@@ -108,8 +108,8 @@ def mount_proved(
                 raise ValueError("verify=True runs the model, and its weights are on the meta device: load them first")
     mount(model, record, config, selection, name)
     if decision.value:
-        # Ranks pair their decisions by name and count. One that could not mount skips this call, so the name has the
-        # number of the first decision.
+        # The nth call of one name is paired on all ranks. A rank that could not mount skips this call, so its name has
+        # the number of the first call.
         decide(
             f"the proof of attach {decision.key.rpartition('/')[2]}".rstrip(), able, proof.check
         )  # ranks without weights wait

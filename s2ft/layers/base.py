@@ -423,7 +423,9 @@ class S2Layer(TrainableLayer):
             What :meth:`end_write` gets, and what to write.
         """
         weight, s2 = self.weight, self.s2
-        if isinstance(self.base, Tensor) and self.is_held(weight, s2):  # only values that no stamp tells may be others
+        if isinstance(self.base, Tensor) and self.is_held(
+            weight, s2
+        ):  # only `s2.data` may have changed, which no stamp shows
             return self._written, self._slices(weight.data, self.full_s2())
         self._check_same_weight()
         self._check_own_memory(weight)
@@ -449,9 +451,8 @@ class S2Layer(TrainableLayer):
         """Note that the weight holds base + s2 with the values of these stamps."""
         if isinstance(self.base, list):
             release_gathered(self.weight)
-        # An optimizer or code of others may change s2 next without telling: see write_before_next_forward
         self.__dict__.update(_written=stamps, _whole=stamps[1][1], _is_current=True, _may_have_changed=False)
-        _watch_optimizers()
+        _watch_optimizers()  # one may change s2 without a new version
         _holding[local_part(self.s2).untyped_storage()._cdata] = self
 
     def _keep_base(self, weight: Tensor, s2: Tensor, stamps: tuple) -> None:
@@ -464,7 +465,7 @@ class S2Layer(TrainableLayer):
             is_ours = torch.equal(now, effective_units(*self._summands(base, s2)).to(now))  # in other memory or dtype
             self.base = base.to(now)
             # An average of parameters changes the weight and s2: `base` stays valid.
-            if not (is_ours or self._written[0] != stamps[0]):
+            if not is_ours and self._written[0] == stamps[0]:
                 self.base = now.clone()
 
     def fuse(self) -> None:

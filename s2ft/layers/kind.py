@@ -188,7 +188,7 @@ class Kind:
 
         Args:
             weight: The weight as it is stored.
-            delta: As in :meth:`forward`.
+            delta: As in :meth:`run_with_delta`.
             index: The units [n] int64.
             dim: 0 for outputs, 1 for inputs.
         """

@@ -469,8 +469,8 @@ class Coupling:
         """Whether single units can be reordered.
 
         The heads of grouped-query attention can't be: several query heads share a key/value head, and a query head
-        outside its group would be multiplied by other keys. They are trained in place, which costs nothing, because the
-        rows and columns of a head are contiguous. The units of a `fixed` coupling can't be reordered either: the heads
+        outside its group would be multiplied by other keys. They are trained in place: by a slice if they are
+        neighbours, else by an index. The units of a `fixed` coupling can't be reordered either: the heads
         of T5, for instance, have numbers in a table of position biases that all layers share. The units of a one-sided
         coupling are known on one side only.
         """

@@ -32,7 +32,8 @@ CUTS = {"first": lambda tensor: 0, "last": lambda tensor: tensor.dim() - 1}
 
 
 def orders_of(couplings: list[Coupling]) -> list[torch.Tensor]:
-    return [torch.randperm(coupling.count, generator=torch.Generator().manual_seed(0)) for coupling in couplings]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randperm(coupling.count, generator=generator) for coupling in couplings]
 
 
 def moved_on_shards(rank, case, way):
