@@ -68,7 +68,8 @@ class Bench:
             self.lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
     def has(self, kind: str, method: str, seed: int) -> bool:
-        return any((one["type"], one["method"], one["seed"]) == (kind, method, seed) for one in self.lines)
+        wanted = kind, method, seed, self.args.steps
+        return any(wanted == (one["type"], one["method"], one["seed"], one["steps"]) for one in self.lines)
 
     def base(self, kind: str) -> Path:
         file = self.folder / (kind if kind in FOLDERS else f"{kind}.gguf")

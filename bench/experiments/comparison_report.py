@@ -3,6 +3,7 @@
 Every run that an experiment asks for has its place in a table, and a missing or failed one says so.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,7 +24,8 @@ from bench.experiments.printing import Column, Figure, Series, Spread, Table, fa
 from bench.experiments.runner import ExperimentRun, Results
 
 LIMITS = (0.05, 0.1, 0.2)  # of forgetting, in nats a token
-FRONTIER = LIMITS[:2]
+FRONTIER = (0.01, *LIMITS[:2], math.inf)
+PAIRED = FRONTIER.index(0.05)  # the limit at which methods are compared seed by seed
 PERCENT, NATS = ".1f", ".3f"
 MEASURES = {
     "test": Column("test", "test %", PERCENT),
@@ -214,18 +216,31 @@ class ExperimentReport:
         within the limit, the one with the lowest loss of validation questions counts; the loss is that of the test
         questions there.
         """
-        cells = []
-        for row in self.full:
-            best: list[list[float]] = [[] for _ in FRONTIER]
-            for seed in self.seeds:
-                runs = [self.results.row(self.run(row, task, rate, seed)) for rate in rates_of(self.experiment, row)]
-                curves = [run["scaled"] for run in runs if run]
-                for found, limit in zip(best, FRONTIER):
-                    found += [min(_best_within(curve, limit) for curve in curves)[1]] if curves else []
-            cells.append([self.titles[row], len(best[0]), *(Spread.of(one) if one else "not run" for one in best)])
+        losses = {
+            row: {seed: found for seed in self.seeds if (found := self._losses_within(row, task, seed))}
+            for row in self.full
+        }
+        lora, cells = losses.get("lora", {}), []
+        for row, found in losses.items():
+            means = [Spread.of(list(ones)) for ones in zip(*found.values())] or ["not run"] * len(FRONTIER)
+            beside = [
+                ones[PAIRED] - lora[seed][PAIRED] for seed, ones in found.items() if seed in lora and row != "lora"
+            ]
+            cells.append([self.titles[row], len(found), *means, Spread.of(beside) if beside else "", len(beside) or ""])
         columns = [Column(f"loss_{limit}", f"test loss, forgetting ≤ {limit}", ".4f") for limit in FRONTIER]
+        columns[-1:] = [
+            Column("loss", "any forgetting", ".4f"),
+            Column("beside", f"minus LoRA's, ≤ {FRONTIER[PAIRED]}", ".3f"),
+            Column("pairs", "seeds of both"),
+        ]
         title = f"Task {task}: loss of the answers within a limit of forgetting on the encyclopedia"
         return Table(f"{task}-frontier", title, [Column("row", "method"), Column("seeds", form="d"), *columns], cells)
+
+    def _losses_within(self, row: str, task: str, seed: int) -> list[float]:
+        """The test loss within each limit of FRONTIER; empty if no rate has run."""
+        runs = [self.results.row(self.run(row, task, rate, seed)) for rate in rates_of(self.experiment, row)]
+        curves = [run["scaled"] for run in runs if run]
+        return [min(_best_within(curve, limit) for curve in curves)[1] for limit in FRONTIER] if curves else []
 
     def candidates_table(self) -> Table:
         """Make the table of the selections that were tried, beside the random selection at the same rate."""
