@@ -664,7 +664,7 @@ DEAD: dict[str, dict[str, str]] = {
 }
 # Something outside the couplings numbers all heads: a table of biases, or the keys that JetMoE's experts share
 NUMBERED = (
-    *("beit", "bloom", "diffllama", "doge", "donut-swin", "funnel", "jetmoe", "layoutlmv3", "mpnet", "mpt"),
+    *("beit", "big_bird", "bloom", "diffllama", "doge", "donut-swin", "funnel", "jetmoe", "layoutlmv3", "mpnet", "mpt"),
     *("swin", "swinv2"),
 )
 AUTO = (
