@@ -111,7 +111,13 @@ class S2OwnForward(S2Layer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what only the plain layer has there, because its forward reads it."""
-        if "plain" in self.__dict__ and name in self.plain.__dict__ and name not in self.__dict__:
+        if (
+            "plain" in self.__dict__
+            and name in self.plain.__dict__
+            and name not in self.__dict__
+            and name[0] != "_"
+            and name != "forward"  # which accelerate's hooks set here
+        ):
             setattr(self.plain, name, value)
         else:
             super().__setattr__(name, value)

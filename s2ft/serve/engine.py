@@ -262,7 +262,7 @@ class Engine:
     def _loads_alone(self, job: Job) -> bool:
         """Whether the adapter of a job can be loaded. If not, the job fails."""
         try:
-            if self.batch.rows:  # loading could drop an adapter of the batch, whose folder may have another one by now
+            if self.batch.rows and job.served:  # a load could drop one of the batch, whose folder may have changed
                 self.adapters.bank.check(job.served.folder)
             else:
                 self._load([job.adapter])

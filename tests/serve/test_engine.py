@@ -188,7 +188,7 @@ def test_an_adapter_that_can_not_be_loaded_fails_only_its_own_jobs(folder, error
 
 
 def test_a_job_waits_until_the_bank_has_room(folder):
-    batches = batches_of(folder, [("a", (5,), 9), *((name,) for name in "bcabc")], limit=1)
+    batches = batches_of(folder, [("a", (5,), 9), *((name,) for name in (*"bcabc", None))], limit=1)
     assert all(len({name for name in names if name}) <= 1 for names in batches)
     assert [name for names in batches for name in names if name][:9] == ["a#0"] * 9  # none was loaded beside it
     assert len(batches) < 120  # and does not look again at every token
