@@ -118,7 +118,7 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
             right_answer(example, job.task)
         except ValueError as error:
             raise ValueError(f"the data, example {number}: {error}") from None
-    other = read_texts(reading.of(job.forgetting, "test"), job.meter_rows) if job.forgetting else None
+    other = read_texts(reading.of(job.forgetting, "test", beside=job.data), job.meter_rows) if job.forgetting else None
     found: dict[str, Any] = {"model": job.model, "adapter": job.adapter, "data": job.data}
     with _loaded(job) as (model, prompter):
         if job.data and job.adapter is None:  # as s2ft sft would choose

@@ -286,7 +286,11 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
         raise ValueError(f"selection={config.selection!r} " + ("needs data" if calibrated else "takes no data"))
     if not calibrated and not job.protect:
         return _choose_from_disk(job, config)
-    protected = read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
+    protected = (
+        read_texts(reading.of(job.protect, "train", beside=job.data), job.protect_rows, config.seed)
+        if job.protect
+        else None
+    )
     model, tokenizer = load_model(job.model, job.dtype)
     model.to(gpu_or_cpu())
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None

@@ -166,7 +166,7 @@ class S2FTPeftModel(BaseTuner):
 
         Raises:
             ValueError: A name is unknown or taken, a weight is not a finite number, the combination is not "linear", or
-                several of the adapters save the same module by modules_to_save.
+                several of the adapters save the same module by modules_to_save, or their couplings differ.
 
         Example:
             >>> from peft import get_peft_model
@@ -222,13 +222,9 @@ class S2FTPeftModel(BaseTuner):
                 )
         configs: list[Any] = [self.peft_config[name] for name in adapters]
         refuse(
-            *(
-                (
-                    getattr(config, field) != getattr(configs[0], field),
-                    f"adapters {adapters[0]!r} and {name!r} have another {field}, so they can't be added up",
-                )
-                for name, config in zip(adapters, configs)
-                for field in ("dim", "couplings")
+            (
+                any(config.couplings != configs[0].couplings for config in configs),
+                f"{', '.join(adapters)} have different couplings, so they can't be added up",
             ),
             (
                 adapter_name in self.peft_config,

@@ -8,7 +8,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -481,7 +481,7 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     """Read data and draw rows.
 
     Args:
-        options: Which data is read, and how. Other names of fields are those of other data.
+        options: Which data is read, and how.
         most: Number of rows to draw.
         seed: Seed of the draw.
 
@@ -491,7 +491,7 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     Raises:
         ValueError: The data can't be read.
     """
-    rows = load_rows(replace(options, field=[]))
+    rows = load_rows(options)
     return rows.select(some(range(len(rows)), most, seed))
 
 

@@ -225,9 +225,9 @@ def render_chat(
     try:
         text = render(tokenizer, messages, template, tools=tools)
     except TemplateError:  # Mistral's templates write the system prompt only where generation continues
-        if answers[-1:] != [len(messages) - 1] or messages[-1].get("tool_calls"):
+        if len(messages) - 1 not in prompts or messages[-1].get("tool_calls"):
             raise
-        text = prompts[answers[-1]] + plain_text(messages[-1]) + (tokenizer.eos_token or "")
+        text = prompts[len(messages) - 1] + plain_text(messages[-1]) + (tokenizer.eos_token or "")
     marked = marked_template(tokenizer, template)
     spans: list | None = None
     if marked:

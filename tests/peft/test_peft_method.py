@@ -186,9 +186,9 @@ def two_heads():
     return model
 
 
-def outputs_beside():
+def other_couplings():
     model = two_of("llama")
-    model.add_adapter("c", S2FTPeftConfig(target_modules=["lm_head"], ratio=0.1, dim="outputs"))
+    model.peft_config["b"].couplings = []
     return model
 
 
@@ -265,7 +265,7 @@ REFUSED = {
     "sum of nothing": (two_of, adds_up([], [], "sum"), "at least 1"),
     "sum of a name": (two_of, adds_up(["a"], [1], "b"), "'b'"),
     "sum by svd": (two_of, adds_up(["a"], [1], "sum", "svd"), "linear"),
-    "sum of sides": (outputs_beside, adds_up(["a", "c"], [1, 1], "sum"), "another dim"),
+    "sum of couplings": (other_couplings, adds_up(["a", "b"], [1, 1], "sum"), "different couplings"),
     "sum of heads": (two_heads, adds_up(["a", "b"], [1, 1], "sum"), "modules_to_save"),
     "no family in native form": (of_no_family, to_native, "family"),
     "a module in no coupling": (

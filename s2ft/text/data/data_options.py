@@ -149,18 +149,19 @@ class ReadingOptions:
     def __post_init__(self) -> None:
         self.of(["data"], "train")  # ValueError for a wrong field
 
-    def of(self, data: list[str], split: str, limit: int | None = None) -> DataOptions:
+    def of(self, data: list[str], split: str, limit: int | None = None, beside: Any = None) -> DataOptions:
         """Return the options that :func:`s2ft.text.data.load_rows` takes.
 
         Args:
             data: Files, folders or names of data sets.
             split: The split that is read if the user names none.
             limit: Read the first rows only.
+            beside: Data that the names of fields are for, if there is any.
         """
         return DataOptions(
             data=data,
             dataset_train_split=self.split or split,
-            field=self.field,
+            field=[] if beside else self.field,
             skip_bad_rows=self.skip_bad_rows,
             limit=limit,
         )
