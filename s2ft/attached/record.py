@@ -1,6 +1,5 @@
 """What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, wraps
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.distributed import Decision, decide, full_shape, is_dtensor, is_spread, reshard_all, will_be_loaded_again
-from s2ft.files.reading import PATCHED
+from s2ft.files.reading import is_patched
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
@@ -322,8 +321,8 @@ class Attachment:
         if kept is None or kept.move is not move:
             kept = Positions(move, self.current_positions(projection, delta.index.cpu()))
         if kept is not delta.positions or kept.index.device != device:
-            index = kept.index if device.type == "meta" else kept.index.to(device)  # there they would be lost
-            kept = delta.positions = kept._replace(index=index)
+            # on the meta device they would be lost
+            kept = delta.positions = kept._replace(index=kept.index if device.type == "meta" else kept.index.to(device))
         return kept.index
 
     # ---- changes of the record alone -------------------------------------------------------------
@@ -441,7 +440,7 @@ def new_attachment(
             "quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
     base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    if os.path.exists(os.path.realpath(base) + PATCHED):  # a fingerprint sees it in float32 alone
+    if is_patched(base):  # in another dtype than float32 a fingerprint may not tell
         raise ValueError(f"{base} has an adapter in place: s2ft patch {base} --undo first")
     check_unattached(model)
     check_parallelism(model)

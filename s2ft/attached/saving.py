@@ -19,7 +19,7 @@ from s2ft.attached.record import Attachment, attachment_of, check_known, on_unwr
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
 from s2ft.files.plain_text import sha256_of
-from s2ft.files.reading import PATCHED
+from s2ft.files.reading import is_patched
 from s2ft.selection import Selection
 
 
@@ -77,8 +77,7 @@ def model_info(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     base = getattr(config, "_name_or_path", None) or None
     info = {"base_model": base, "model_type": getattr(config, "model_type", None)}
-    is_patched = base and os.path.exists(os.path.realpath(base) + PATCHED)  # since it was loaded
-    if base and base.endswith(".gguf") and os.path.isfile(base) and not is_patched:
+    if base and base.endswith(".gguf") and os.path.isfile(base) and not is_patched(base):  # patched since it was loaded
         info["base_sha256"] = _sha256(Path(base), os.stat(base).st_mtime_ns)
     dtype = getattr(model, "dtype", None)
     return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}

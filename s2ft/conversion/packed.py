@@ -331,7 +331,8 @@ def _copy(base: GgufFile, file: BinaryIO, values: dict[str, str], template: str 
         del metadata[field.offset : field.offset + sum(part.nbytes for part in field.parts)]
     for key, text in values.items():
         metadata += _string(key) + STRING.to_bytes(4, "little") + _string(text)
-    metadata[16:24] = (int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values) - len(old)).to_bytes(8, "little")
+    entries = int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values) - len(old)
+    metadata[16:24] = entries.to_bytes(8, "little")
     head = bytes(metadata) + data[first.offset : last.offset + sum(part.nbytes for part in last.parts)].tobytes()
     head += b"\0" * (-len(head) % int(reader.alignment))
     file.write(head)

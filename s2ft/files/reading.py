@@ -171,6 +171,11 @@ ATTEMPTS = 20  # at reading a folder that other processes keep replacing
 Read = TypeVar("Read")
 
 
+def is_patched(file: str) -> bool:
+    """Whether `s2ft patch` has put an adapter into a file, which may be named by a link."""
+    return os.path.exists(os.path.realpath(file) + PATCHED)
+
+
 def has_adapter(directory: Path) -> bool:
     """Whether the folder has the files of an adapter; they are not read."""
     return stamp_of(directory) is not None

@@ -423,9 +423,7 @@ class S2Layer(TrainableLayer):
             What :meth:`end_write` gets, and what to write.
         """
         weight, s2 = self.weight, self.s2
-        if isinstance(self.base, Tensor) and self.is_held(
-            weight, s2
-        ):  # only `s2.data` may have changed, which no stamp shows
+        if isinstance(self.base, Tensor) and self.is_held(weight, s2):  # `s2.data` may have changed: no stamp shows it
             return self._written, self._slices(weight.data, self.full_s2())
         self._check_same_weight()
         self._check_own_memory(weight)

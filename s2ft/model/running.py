@@ -93,7 +93,7 @@ def remove_new_hooks(found: list[tuple[dict, set]]) -> None:
 
 
 class Snapshot:
-    """Modes, attributes, buffers and forward hooks of modules, and which parameters train, as when this was made.
+    """Modes, children, attributes, buffers and hooks of modules, and which parameters train, as when this was made.
 
     :meth:`restore` can be called any number of times, and an interrupt in it does no harm: the next call finishes it.
     """
@@ -109,9 +109,9 @@ class Snapshot:
             trained: Parameters that require a gradient.
         """
         self.trained = list(trained)
-        self.modes = [(module, module.training) for module in model.modules()]
+        # BigBird's forward replaces modules
+        self.modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
         self.hooks = forward_hooks(model)
-        self.modules = [(one, dict(one._modules)) for one in model.modules()]  # BigBird's forward replaces some
         whole = [module for module in model.modules() if module not in modes_only]
         whole += [one.__dict__["plain"] for one in modes_only if "plain" in one.__dict__]  # whose forward a layer runs
         self.attributes = [(module, _public(module)) for module in whole]
@@ -126,9 +126,8 @@ class Snapshot:
         """Give the modules what they had."""
         for parameter in self.trained:
             parameter.requires_grad_(True)
-        for module, training in self.modes:
+        for module, training, children in self.modules:
             module.training = training
-        for module, children in self.modules:
             module._modules.update(children)
         remove_new_hooks(self.hooks)
         for module, attributes in self.attributes:

@@ -64,6 +64,7 @@ class Names:
         channels_stay: Whether the FFN's channels can't move.
         numbered: Whether something outside numbers the heads, so that they stay; or flags of the config, each of which
             tells it.
+        cross_numbered: The same for the attention to the encoder.
         gated: Paths of up, down and gate in blocks that have such a gate, in place of the FFN's layers above.
     """
 
@@ -80,6 +81,7 @@ class Names:
     moves: tuple[str, ...] = ()
     channels_stay: bool = False
     numbered: bool | tuple[str, ...] = False
+    cross_numbered: bool = False
     gated: tuple[str, str, str] | None = None
 
 
@@ -146,7 +148,8 @@ NAMES: dict[tuple[str, ...], Names] = {
         down="ffn.fc2",
         cross="cross_attention",
     ),
-    ("fsmt", "m2m_100", "pegasus_x", "speech_to_text", "whisper"): ENCODER_DECODER,
+    ("fsmt", "m2m_100", "pegasus_x", "speech_to_text"): ENCODER_DECODER,
+    ("whisper",): replace(ENCODER_DECODER, cross_numbered=True),  # alignment_heads of its generation config
     ("moonshine",): replace(ENCODER_DECODER, up="mlp.fc1", down="mlp.fc2", layers=QKVO),
     ("biogpt", "xglm"): DECODER,
     ("opt",): replace(DECODER, stacks=("decoder.layers",)),
@@ -433,8 +436,7 @@ def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) 
     own = names.attention if isinstance(names.attention, tuple) else (names.attention,)
     for name, kind in (*((one, "attention") for one in own), (cross, "cross-attention")):
         if name and get(block, name) is not None:
-            # Whisper's alignment_heads are numbers of heads of its cross-attention
-            flags = names.numbered if kind == "attention" else config_of(model).model_type == "whisper"
+            flags = names.numbered if kind == "attention" else names.cross_numbered
             fixed = flags if isinstance(flags, bool) else any(getattr(config_of(model), flag) for flag in flags)
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found
