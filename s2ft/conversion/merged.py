@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 import s2ft
 from s2ft.attached.record import check_fits, check_plain_and_untied, new_attachment
@@ -21,7 +20,7 @@ from s2ft.export.streamed import (
 )
 from s2ft.model.checkpoint import CannotStream, StoredWeights, read_from
 from s2ft.text.adapter_prompts import give_prompt
-from s2ft.text.models import dtype_of_base, load_model, load_tokenizer, locate, model_on_disk
+from s2ft.text.models import dtype_of_base, hollow_model, load_model, load_tokenizer, locate, model_on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +93,8 @@ def write_checkpoint(
         compare = partial(_compare, model, folder)
     tokenizer.save_pretrained(folder, **of_tokenizer)
     compare()
-    AutoConfig.from_pretrained(folder)  # an error says what is wrong
-    if AutoTokenizer.from_pretrained(folder).chat_template != tokenizer.chat_template:
+    hollow_model(str(folder))  # an error says what is wrong
+    if load_tokenizer(str(folder)).chat_template != tokenizer.chat_template:
         raise RuntimeError("the saved checkpoint has another chat template than the merged model")
     return model, tokenizer
 

@@ -5,6 +5,7 @@ A model with towers for images or sound is loaded whole.
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -190,10 +191,13 @@ def _parsed_once() -> AbstractContextManager[None]:
     )
 
 
-def _remote(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """The arguments of `from_pretrained` about the hub. Without an answer about code it asks the user, and waits."""
+def _remote(revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The arguments of `from_pretrained` about the hub. Without an answer about code it asks the user, and waits.
+
+    S2FT_TRUST_REMOTE_CODE=1 in the environment allows the code in every command.
+    """
     chosen = {"revision": revision} if revision not in (None, "main") else {}
-    return {**chosen, "trust_remote_code": trust_remote_code}
+    return {**chosen, "trust_remote_code": trust_remote_code or os.environ.get("S2FT_TRUST_REMOTE_CODE") == "1"}
 
 
 def hollow_model(name: str):
@@ -222,15 +226,17 @@ def hollow_model(name: str):
 
     source, options = locate(name)
     _check_hub(name, source, None)
-    config = _from_pretrained(transformers.AutoConfig, name, source, {**options, **_remote(None, False)}, "a config")
+    config = _from_pretrained(transformers.AutoConfig, name, source, {**options, **_remote()}, "a config")
     named = (getattr(transformers, architecture, None) for architecture in config.architectures or ())
     autos = (getattr(transformers, auto) for auto in AUTO)
     known = (auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping)
-    model_class = next((found for found in (*named, *known) if isinstance(found, type)), None)
-    if model_class is None:
+    makes = [found._from_config for found in (*named, *known) if isinstance(found, type)]
+    brought = getattr(config, "auto_map", None) or {}
+    makes += [functools.partial(getattr(transformers, auto).from_config, **_remote()) for auto in AUTO if auto in brought]
+    if not makes:
         raise ValueError(f"transformers has no model for {name} (model type {config.model_type!r})")
     with torch.device("meta"), without_zero_init():
-        return model_class._from_config(config)
+        return makes[0](config)
 
 
 def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callable[[], Any] | None = None):
@@ -266,13 +272,13 @@ def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callabl
     if options:
         raise CannotStream(f"{name} is a GGUF file, which has to be unpacked")
     _check_hub(name, source, None)
-    config = _from_pretrained(transformers.AutoConfig, name, source, _remote(None, False))
+    config = _from_pretrained(transformers.AutoConfig, name, source, _remote())
     if getattr(config, "quantization_config", None) is not None:
         raise CannotStream(f"the weights of {name} are quantized")
     of_files = dtype_of_files or (lambda: torch.float32)
     wanted = (config.dtype or of_files()) if dtype == "auto" else getattr(torch, dtype)
     with torch.device("meta"):
-        model = _auto_class(config).from_config(config, dtype=wanted)
+        model = _auto_class(config).from_config(config, dtype=wanted, **_remote())
     keep_in_float32(model)
     return model.eval()
 
@@ -322,7 +328,7 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     source, options = locate(name)
-    return _from_pretrained(AutoTokenizer, name, source, {**options, **_remote(None, False)}, "a tokenizer")
+    return _from_pretrained(AutoTokenizer, name, source, {**options, **_remote()}, "a tokenizer")
 
 
 def dtype_of_base(adapter, dtype: str = "auto") -> str:
@@ -402,6 +408,6 @@ def _from_pretrained(kind, name: str, source: str, options: dict, what: str = MO
     except Exception as error:  # a broken file can raise any error; tokenizers raises a plain Exception
         first = first_line(error)
         if "custom code" in str(error):
-            first = "it brings Python code along, which runs only with trust_remote_code (--trust-remote-code)"
+            first = "it brings Python code along, which runs only with trust_remote_code, or S2FT_TRUST_REMOTE_CODE=1"
         where = "" if Path(source).exists() else " (no such folder here, so it was looked for on the hub)"
         raise ValueError(f"can't load {what} from {name}{where}: {first}") from error

@@ -102,7 +102,7 @@ MODULES = {
         "first_word is_right last_number right_answer"
     ),
     "text.generation": "contiguous_head generate generation_mode AnswerRow:Row RunningBatch Sampler TextStream rows_interact",
-    "text.models": "keep_in_float32 load_model locate",
+    "text.models": "hollow_model keep_in_float32 load_model locate",
     "text.prompts": "PromptFormat encode_prompt end_ids pad_id prompt_format prompt_text with_columns",
     "text.templates": "TemplateError as_template_takes render_chat template_of encode_rendered",
     "train.methods": "METHODS:TRAINING_METHODS",

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from support.inside import ModelOptions, SFTArguments, fit_layout, load_base, quantization_config
+from support.inside import ModelOptions, SFTArguments, export, fit_layout, hollow_model, load_base, quantization_config
 from train.tiny import save_tiny
 
 import s2ft
@@ -93,7 +93,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
-def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path):
+def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "own"
     shutil.copytree(tiny, folder)
     (folder / "own_code.py").write_text(CODE)
@@ -107,3 +107,8 @@ def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path):
         load_base(ModelOptions(str(folder)), arguments(tmp_path))
     model, _ = load_base(ModelOptions(str(folder)), arguments(tmp_path, trust_remote_code=True))
     assert type(model).__name__ == "OwnModel"
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    monkeypatch.setenv("S2FT_TRUST_REMOTE_CODE", "1")  # the other commands have no option for it
+    export(str(folder), tmp_path / "adapter", tmp_path / "merged")
+    assert type(hollow_model(str(tmp_path / "merged"))).__name__ == "OwnModel"
