@@ -172,9 +172,6 @@ def run_combine(job: CombineArguments) -> None:
 
 # ---- s2ft export and merge -----------------------------------------------------------------------------
 
-DEFAULT = "lora"
-
-
 def run_export(arguments: list[str]) -> None:
     formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
     description = f"""Write an adapter for other tools, read it again and compare.
@@ -186,7 +183,7 @@ does so with an adapter that PEFT saved, for example in Axolotl."""
     example = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --output my-lora"
     job = OptionParser("export", description, [_options()], example).given(arguments)
     sources = [name for name in IMPORTS if f"from_{name}" in job]
-    target = f"from-{sources[0]}" if sources else job.get("format", DEFAULT)
+    target = f"from-{sources[0]}" if sources else job.get("format", "lora")
     owners = {word: [name for name, one in EXPORTS.items() if word in one.options] for word in job}
     owners["name"] = [f"from-{name}" for name in IMPORTS]
     given = {word: value for word, value in job.items() if owners.get(word)}
@@ -227,7 +224,7 @@ def _options() -> type:
     found = {
         "adapter": option(None, ADAPTER, positional=True, metavar="ADAPTER"),
         "model": option(None, **BASE_MODEL),
-        "format": option(DEFAULT, "the format to write", choices=tuple(EXPORTS)),
+        "format": option("lora", "the format to write", choices=tuple(EXPORTS)),
         **{
             f"from_{name}": option(None, f"a folder of format {name} to convert to an adapter", metavar="DIR")
             for name in IMPORTS

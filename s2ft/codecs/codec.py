@@ -120,8 +120,8 @@ class Codec:
         smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
         yield self.with_factor(torch.maximum(largest / high, smallest / low), scales)
 
-    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
-        """The scales under which some levels are nearest to the values, of those of a block; None if there are none.
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales:
+        """The scales under which some levels are nearest to the values, of those of a block.
 
         Args:
             values: The values [outputs, blocks, block].
@@ -206,9 +206,7 @@ class Codec:
         for other in self.candidates(values, blocks.scales):
             consider(other)
         # Only from the best of them: a search from each takes up to twice the time, and hardly lowers the error
-        refitted = self.refit(values, grid.levels_of(codes), scales)
-        if refitted is not None:
-            consider(refitted)
+        consider(self.refit(values, grid.levels_of(codes), scales))
         return Blocks(codes, scales)
 
     def _nearest_codes(self, values: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 The file is mapped into memory copy-on-write: what is written here never reaches it.
 """
 
-from collections.abc import Mapping
-from functools import cache, cached_property
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +91,28 @@ class GgufFile:
         return gguf.get_tensor_name_map(kinds[self.architecture], int(self.value("block_count")))
 
     @cached_property
-    def _processor(self) -> Any:
-        """What transformers does to tensors when it loads the file."""
+    def _processor(self) -> Callable[[numpy.ndarray, str], numpy.ndarray]:
+        """What transformers does to the values of a tensor, by its name, when it loads the file."""
+        from transformers import AutoConfig
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+        try:
+            from transformers.integrations.gguf import GGUF_ARCHS as converted
+        except ImportError:  # transformers below 5.24
+            converted = {}
+        if self.architecture in converted:
+            config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            return partial(_converted, converted[self.architecture](config))
         heads, groups = self.value("attention.head_count"), self.value("attention.head_count_kv")
-        config = {"num_attention_heads": heads, "num_key_value_heads": groups or heads}
-        return TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config)
+        options = {"num_attention_heads": heads, "num_key_value_heads": groups or heads}
+        process = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=options).process
+        return lambda values, name: process(values, name=name).weights
+
+    def _processed(self, values: numpy.ndarray, name: str) -> numpy.ndarray:
+        try:
+            return self._processor(values, name)
+        except KeyError as error:
+            raise ValueError(f"{self.path}: transformers converts {name} by more of the config: {error}") from None
 
     def name(self, path: str, part: str = "weight") -> str:
         """The name in the file of a parameter of transformers, given the path of its module.
@@ -105,26 +120,30 @@ class GgufFile:
         Raises:
             ValueError: The file does not have it.
         """
-        name = f"{self._names.get_name(path)}.{part}"
-        if name not in self.tensors:
-            raise ValueError(f"{self.path} has no tensor for {path}.{part}")
-        return name
+        for name in (f"{self._names.get_name(path)}.{part}", self._names.get_name(f"{path}.{part}")):
+            if name in self.tensors:
+                return name
+        raise ValueError(f"{self.path} has no tensor for {path}.{part}")
 
-    def rows(self, path: str, part: str = "weight") -> Tensor:
-        """The row in the file of each row that transformers has, [outputs] int64: llama.cpp reorders some.
+    def order(self, path: str, part: str = "weight") -> tuple[Tensor, Tensor]:
+        """The row and the column in the file of each that transformers has: llama.cpp reorders some.
+
+        Returns:
+            Rows [outputs] int64, and columns [inputs] int64; one of them is in order.
 
         Raises:
-            ValueError: transformers does more to the tensor than to reorder its rows.
+            ValueError: transformers does more to the tensor than to reorder its rows or its columns.
         """
         name = self.name(path, part)
-        count = int(self.tensors[name].shape[-1])
+        *inputs, outputs = (numpy.arange(int(size)) for size in self.tensors[name].shape)
+        columns = inputs[0] if inputs else numpy.arange(1)
         try:
-            found = self._processor.process(numpy.arange(count)[:, None], name=name).weights
-        except KeyError:  # it needs more of the config, as BLOOM's
-            found = numpy.empty(0)
-        if found.shape != (count, 1) or not numpy.array_equal(numpy.sort(found[:, 0]), numpy.arange(count)):
+            rows = self._processed(outputs[:, None], name)[:, 0]
+        except IndexError:
+            rows, columns = outputs, self._processed(columns[None], name)[0]
+        if not (numpy.array_equal(numpy.sort(rows), outputs) and len(columns) == len(numpy.unique(columns))):
             raise ValueError(f"{self.path}: transformers converts {name}, so its blocks can't be changed one by one")
-        return torch.from_numpy(numpy.ascontiguousarray(found[:, 0]))
+        return torch.from_numpy(numpy.ascontiguousarray(rows)), torch.from_numpy(numpy.ascontiguousarray(columns))
 
     def codec(self, path: str) -> Gguf:
         """The codec of a weight.
@@ -137,7 +156,7 @@ class GgufFile:
             raise ValueError(
                 f"{self.path}: {self.name(path)} has the type {kind}, and there are codecs for {', '.join(TYPES)}"
             )
-        self.rows(path)
+        self.order(path)
         return TYPES[kind]
 
     def part(self, path: str, index: Tensor, dim: int) -> PackedPart:
@@ -149,14 +168,16 @@ class GgufFile:
             dim: 0 for rows, 1 for columns.
 
         Raises:
-            ValueError: There is no codec for its type, or transformers converts it.
+            ValueError: There is no codec for its type, or transformers converts it, or has rows in another order.
         """
-        tensor, rows = self.tensors[self.name(path)], self.rows(path)
+        tensor, (rows, columns) = self.tensors[self.name(path)], self.order(path)
         data = tensor.data.reshape(len(rows), -1, self.codec(path).size)
         if dim == 0:
+            if not torch.equal(columns, columns.sort().values):
+                raise ValueError(f"{self.path}: transformers reorders the inputs of {tensor.name}, which rows have whole")
             rows, blocks, index = rows[index], torch.arange(data.shape[1]), torch.arange(len(index))
         else:
-            size = int(tensor.shape[0]) // data.shape[1]  # inputs of a block of bytes
+            size, index = len(columns) // data.shape[1], columns[index]  # inputs of a block of bytes
             blocks = (index // size).unique()
             index = torch.searchsorted(blocks, index // size) * size + index % size
         packed = torch.from_numpy(numpy.ascontiguousarray(data[numpy.ix_(rows.numpy(), blocks.numpy())]))
@@ -185,7 +206,7 @@ class GgufFile:
 
         tensor = self.tensors[self.name(path, part)]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        found = numpy.ascontiguousarray(self._processor.process(values, name=tensor.name).weights)
+        found = numpy.ascontiguousarray(self._processed(values, tensor.name))
         return torch.from_numpy(found.copy() if numpy.shares_memory(found, tensor.data) else found)
 
     def elements(self, path: str, part: str, shape: torch.Size, positions: Tensor) -> list[float]:
@@ -205,8 +226,19 @@ class GgufFile:
         tensor = self.tensors[self.name(path, part)]
         if tuple(int(size) for size in reversed(tensor.shape)) != tuple(shape):
             raise ValueError(f"{self.path}: {tensor.name} has shape {tensor.shape[::-1].tolist()}, not {list(shape)}")
-        inputs = 1 if len(shape) == 1 else shape[-1]
-        rows = self.rows(path, part)[positions // inputs]
+        rows, columns = self.order(path, part)
         data = tensor.data[:, None] if len(shape) == 1 else tensor.data
-        values = gguf.quants.dequantize(data[rows.numpy()], tensor.tensor_type)
-        return values[numpy.arange(len(rows)), (positions % inputs).numpy()].tolist()
+        values = gguf.quants.dequantize(data[rows[positions // len(columns)].numpy()], tensor.tensor_type)
+        return values[numpy.arange(len(positions)), columns[positions % len(columns)].numpy()].tolist()
+
+
+def _converted(conversions: list[Any], values: numpy.ndarray, name: str) -> numpy.ndarray:
+    """The values of a tensor of the file after transformers' conversions of its name."""
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    key, pattern = rename_source_key(name, [one for one in conversions if one not in converters], converters)
+    found = torch.from_numpy(values.copy())  # of a file that is read only
+    for operation in (step for one in converters if pattern in one.source_patterns for step in one.operations):
+        found = operation.convert({name: found}, [name], [key])[key]
+    return found.numpy()

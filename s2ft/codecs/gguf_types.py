@@ -88,7 +88,7 @@ class WithMinimum(Gguf):
         smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
         yield as_half((largest - smallest) / float(self.levels.max())), as_half(smallest)
 
-    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales:
         scale, minimum = fitted_lines(values, levels)
         return as_half(scale), as_half(minimum)
 
@@ -96,8 +96,8 @@ class WithMinimum(Gguf):
 class Microscaled(Gguf):
     """MXFP4: a scale is a power of two, of which the file has the exponent."""
 
-    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
-        return None  # all powers of two that can be nearest are candidates
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales:
+        return scales  # all powers of two that can be nearest are candidates
 
     def read_scales(self, data: Tensor) -> Scales:
         return (power(data[..., :1].int()),)

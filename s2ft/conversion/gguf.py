@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from s2ft.config import did_you_mean, refuse
-from s2ft.conversion.merged import merged_model
+from s2ft.conversion.merged import write_checkpoint
 from s2ft.export.streamed import temporary_folder
 from s2ft.packages import check_packages
 
@@ -71,9 +71,11 @@ def export(
                 f"without it there are {', '.join(OUTTYPES).lower()}",
             ),
         )
-        model, tokenizer = merged_model(model_name, adapter, dtype)
+        checkpoint = folder / "checkpoint"
+        checkpoint.mkdir()
+        model, _ = write_checkpoint(checkpoint, model_name, adapter, dtype)
         kind = kind or EXACT[model.dtype]
-        _write(folder, kind, converter, quantizer, model, tokenizer)
+        _write(folder, kind, converter, quantizer, EXACT[model.dtype])
         read = _check(folder / FILE)
     names = CONVERTER if kind in OUTTYPES else f"{CONVERTER} and {QUANTIZER}"
     return f"GGUF of the merged model, {kind}, written by llama.cpp's {names}, {read}: {Path(output) / FILE}"
@@ -93,12 +95,10 @@ def _known(quantization: str) -> str:
     return name.upper()
 
 
-def _write(folder: Path, kind: str, converter: Any, quantizer: Any, model, tokenizer) -> None:
-    """Write the file, through a plain one if only llama-quantize has the type."""
+def _write(folder: Path, kind: str, converter: Any, quantizer: Any, exact: str) -> None:
+    """Write the file from the checkpoint, through a plain one of type `exact` if only llama-quantize has the type."""
     checkpoint, file = folder / "checkpoint", folder / FILE
-    first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", EXACT[model.dtype])
-    model.save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
+    first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", exact)
     script = [sys.executable, converter, checkpoint, "--outfile", first, "--outtype", by_converter.lower()]
     _run(script, CONVERTER, first)
     shutil.rmtree(checkpoint)

@@ -1,6 +1,7 @@
 """A checkpoint of transformers with an adapter merged into the base."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from s2ft.export.streamed import (
     write_config,
     write_weights,
 )
-from s2ft.model.checkpoint import CannotStream, StoredWeights, read_from
+from s2ft.model.checkpoint import CannotStream, StoredWeights, find_file, read_from
 from s2ft.text.adapter_prompts import give_prompt
 from s2ft.text.models import dtype_of_base, hollow_model, load_model, load_tokenizer, locate, model_on_disk
 
@@ -92,6 +93,9 @@ def write_checkpoint(
         model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
         compare = partial(_compare, model, folder)
     tokenizer.save_pretrained(folder, **of_tokenizer)
+    vocabulary = find_file(locate(model_name)[0], "tokenizer.model")  # transformers 5 saves tokenizer.json alone
+    if vocabulary is not None:
+        shutil.copy(vocabulary, folder)  # llama.cpp's converter needs it for some families
     compare()
     hollow_model(str(folder))  # an error says what is wrong
     if load_tokenizer(str(folder)).chat_template != tokenizer.chat_template:

@@ -52,7 +52,8 @@ def export(
     with temporary_folder(output) as folder:
         # Ollama reads the chat template in tokenizer_config.json alone
         model, tokenizer = write_checkpoint(folder, model_name, adapter, dtype, save_jinja_files=False)
-        words = [tokenizer.convert_ids_to_tokens(token) for token in end_ids(tokenizer, model.generation_config)]
+        found = map(tokenizer.convert_ids_to_tokens, end_ids(tokenizer, model.generation_config))
+        words = [word for word in found if word is not None]  # a generation config may have ids of no token
         context = num_ctx or min(getattr(model.config, "max_position_embeddings", None) or LONGEST, LONGEST)
         is_new = tokenizer.chat_template != load_tokenizer(model_name).chat_template
         text = modelfile(context, words, form, template=turn(form, tokenizer.eos_token) if is_new else None)

@@ -176,6 +176,12 @@ def is_patched(file: str) -> bool:
     return os.path.exists(os.path.realpath(file) + PATCHED)
 
 
+def gguf_files(path: Path) -> list[Path]:
+    """The GGUF files that a path means as a model: itself, or those of a folder that has no other checkpoint."""
+    has_others = (path / "config.json").is_file() and any([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return [path] if path.suffix == ".gguf" else [] if has_others else sorted(path.glob("*.gguf"))
+
+
 def has_adapter(directory: Path) -> bool:
     """Whether the folder has the files of an adapter; they are not read."""
     return stamp_of(directory) is not None

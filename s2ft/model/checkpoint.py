@@ -25,7 +25,7 @@ from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder, has_codecs
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key
-from s2ft.files.reading import read_json
+from s2ft.files.reading import gguf_files, read_json
 from s2ft.files.streaming import StoredTensor, stored_tensors
 
 # ---- how transformers makes weights from the tensors of a checkpoint, and back --------------------------------------
@@ -260,10 +260,10 @@ def open_checkpoint(source: str | os.PathLike) -> Checkpoint:
         FileNotFoundError: The folder, or a file that the index names, does not exist.
         ValueError: A file is damaged.
     """
-    file = _find(source, WEIGHTS)
+    file = find_file(source, WEIGHTS)
     if file is not None:  # before an index, which may be of an earlier model, as in transformers
         return Checkpoint(file.parent, stored_tensors(file))
-    index = _find(source, INDEX)
+    index = find_file(source, INDEX)
     if index is None:
         raise CannotStream(f"{source} has no {WEIGHTS}")
     content = read_json(index)
@@ -272,7 +272,7 @@ def open_checkpoint(source: str | os.PathLike) -> Checkpoint:
         raise ValueError(f"{index} is damaged: it has no weight_map")
     tensors = {}
     for name in sorted(set(where.values())):
-        file = _find(source, name) if Path(name).name == name else None
+        file = find_file(source, name) if Path(name).name == name else None
         if file is None:
             raise FileNotFoundError(f"{index} names {name}, which does not exist there")
         tensors.update({key: stored for key, stored in stored_tensors(file).items() if where.get(key) == name})
@@ -292,14 +292,12 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
         FileNotFoundError: The base does not exist.
         ValueError: A file is damaged, or a folder has several GGUF files.
     """
-    path = Path(source).expanduser()
-    has_others = (path / "config.json").is_file() and any([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    files = [path] if path.suffix == ".gguf" else [] if has_others else [*path.glob("*.gguf")]
+    files = gguf_files(Path(source).expanduser())
     if len(files) > 1:
         raise ValueError(f"{source} has several GGUF files: load the model by the path of one of them")
     if files:
         return GgufFile(files[0])
-    config = _find(source, "config.json")
+    config = find_file(source, "config.json")
     if config is None:
         return None
     try:
@@ -321,7 +319,7 @@ def is_here(source: str) -> bool:
     return False
 
 
-def _find(source: str | os.PathLike, name: str) -> Path | None:
+def find_file(source: str | os.PathLike, name: str) -> Path | None:
     """The path of a checkpoint's file, which may be downloaded; None if the checkpoint has no such file."""
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -105,7 +105,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             ValueError: It trains the other dim.
         """
         for name, one in units.items():
-            if one.dim != self.dims.get(name, one.dim):
+            is_other = one.dim != self.dims.get(name, one.dim)
+            if is_other and any(name in self.deltas_of(other) for other in self.s2ft_delta):  # not of a deleted one
                 raise ValueError(
                     f"adapter {adapter_name!r} trains {SIDES[one.dim]} of a module, and another adapter trains its "
                     f"{SIDES[self.dims[name]]}: give both the same dim"

@@ -108,7 +108,6 @@ def load_model(
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
         found = (_packed_model if keep_packed else _from_pretrained)(auto, name, source, wanted)
     model, missing = (found, ()) if keep_packed else (found[0], sorted(found[1]["missing_keys"]))
-    missing = () if is_compressed else missing  # releases differ in the names of such weights
     if missing:  # transformers fills them with random numbers
         raise ValueError(
             f"{name} lacks weights of the model, such as {missing[0]} ({len(missing)} in all): is it one of several "
@@ -155,11 +154,12 @@ def _packed_model(kind, name: str, source: str, options: dict):
             bias = None if module.bias is None else file.values(path, "bias").to(dtype)
             model.set_submodule(path, PackedLinear(file.codec(path), file.whole(path), module.in_features, bias))
     model.tie_weights()
-    for path, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            owner, _, part = path.rpartition(".")
-            values = torch.nn.Parameter(file.values(owner, part).to(dtype), requires_grad=False)
-            setattr(model.get_submodule(owner), part, values)
+    kept = {path for path, buffer in model.named_buffers() if path in model.state_dict()}
+    for path in [*(name for name, parameter in model.named_parameters() if parameter.is_meta), *kept]:
+        owner, _, part = path.rpartition(".")
+        if not isinstance(module := model.get_submodule(owner), PackedLinear):
+            values = file.values(owner, part).to(dtype)
+            setattr(module, part, values if path in kept else torch.nn.Parameter(values, requires_grad=False))
     model.tie_weights()
     return model
 
@@ -346,7 +346,7 @@ def dtype_of_base(adapter, dtype: str = "auto") -> str:
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
     """Return the name or path for `from_pretrained`, and the option that it needs for a GGUF file."""
-    from s2ft.files.reading import has_adapter, own_folder
+    from s2ft.files.reading import gguf_files, has_adapter, own_folder
 
     path = Path(name).expanduser()
     if path.is_file():
@@ -354,11 +354,11 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"model {name} is a file but not a .gguf; give the checkpoint's folder")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return str(path), {}
-        packed = sorted(path.glob("*.gguf"))
+        packed = gguf_files(path)
         if len(packed) == 1:
             return str(path), {"gguf_file": packed[0].name}
+        if not packed and (path / "config.json").is_file():
+            return str(path), {}
         found = (
             f"several GGUF files ({', '.join(file.name for file in packed)}): name one"
             if packed

@@ -2,13 +2,14 @@
 
 import errno
 import hashlib
+import importlib.util
 import shutil
 from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
-from support.convert_hf_to_gguf import convert
+from support.convert_hf_to_gguf import convert, random_qwen35
 from support.inside import PATCHED, Change, GgufFile, Kept, export_packed, load_model, patch, state, undo
 from train.tiny import base_of, save_random_adapter
 
@@ -29,6 +30,11 @@ def make_adapter(file, folder, std=0.02, **config):
         config["o_ratio"] = 1.0  # heads of 8 in groups of 32
     save_random_adapter(folder, load_model(str(file), "bfloat16")[0], std, folder.name, **config)
     return folder
+
+
+NEEDS_CONVERSIONS = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.integrations.gguf") is None, reason="transformers is older than 5.24"
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,23 @@ def test_only_the_units_of_the_adapter_change_and_they_come_nearer(kind, tmp_pat
         kept.append(float((moved * delta.values).sum() / delta.values.square().sum()))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert min(kept) > (0.4 if "_k" in GgufFile(base).codec(path).name.lower() else 0.9), kept  # scales stay
+
+
+@NEEDS_CONVERSIONS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_of_which_transformers_reorders_rows_and_columns(dtype, tmp_path):
+    base = random_qwen35(base_of(tmp_path / "checkpoint"), tmp_path / "model.gguf")
+    model, file = load_model(str(base), dtype)[0], GgufFile(base)
+    for name, parameter in model.named_parameters():
+        path, _, part = name.rpartition(".")
+        if part == "weight":
+            torch.testing.assert_close(file.values(path).to(parameter), parameter, rtol=0.02, atol=0.005)
+    ratios = {"d_ratio": 0.5, "o_ratio": 0.5, "group": 32, "codec": "auto"}
+    save_random_adapter(tmp_path / "math", model, 0.02, **ratios)
+    export_packed(str(base), tmp_path / "math", tmp_path / "tuned.gguf")
+    tuned = s2ft.merge(model).state_dict()
+    for name, value in load_model(str(tmp_path / "tuned.gguf"), dtype)[0].state_dict().items():
+        torch.testing.assert_close(value, tuned[name], rtol=0.02, atol=0.005)
 
 
 def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path):

@@ -20,15 +20,7 @@ def convert(checkpoint: Path, file: Path, kind: str = "f32") -> Path:
     writer.add_head_count(heads), writer.add_head_count_kv(config["num_key_value_heads"]), writer.add_vocab_size(size)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"]), writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [5] * size
-    for token, number in words["model"]["vocab"].items():
-        tokens[number], kinds[number] = token, 1
-    for added in words["added_tokens"]:
-        tokens[added["id"]], kinds[added["id"]] = added["content"], 3 if added["special"] else 4
-    writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens), writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(merge) for merge in words["model"]["merges"]])
-    writer.add_bos_token_id(config["bos_token_id"]), writer.add_eos_token_id(config["eos_token_id"])
+    add_tokens(writer, config, words)
     template = checkpoint / "chat_template.jinja"
     if template.exists():
         writer.add_chat_template(template.read_text())
@@ -40,6 +32,55 @@ def convert(checkpoint: Path, file: Path, kind: str = "f32") -> Path:
             values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         packed = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind.upper()]
         writer.add_tensor(f"{names.get_name(path)}.{part}", quantized(values, packed), raw_dtype=packed)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return file
+
+
+def add_tokens(writer: gguf.GGUFWriter, config: dict, words: dict) -> None:
+    """Write the tokenizer that tokenizer.json describes."""
+    tokens, kinds = [f"[PAD{i}]" for i in range(config["vocab_size"])], [5] * config["vocab_size"]
+    for token, number in words["model"]["vocab"].items():
+        tokens[number], kinds[number] = token, 1
+    for added in words["added_tokens"]:
+        tokens[added["id"]], kinds[added["id"]] = added["content"], 3 if added["special"] else 4
+    writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens), writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in words["model"]["merges"]])
+    writer.add_bos_token_id(config["bos_token_id"]), writer.add_eos_token_id(config["eos_token_id"])
+
+
+QWEN35 = {  # settings of a tiny Qwen3.5, by their names behind the architecture's
+    "context_length": 128, "block_count": 2, "embedding_length": 64, "feed_forward_length": 64, "full_attention_interval": 2,
+    "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 32, "attention.value_length": 32,
+    "rope.dimension_count": 8, "ssm.conv_kernel": 4, "ssm.state_size": 32, "ssm.group_count": 2, "ssm.time_step_rank": 4,
+    "ssm.inner_size": 128,
+}  # fmt: skip
+OF_FFN = {"ffn_gate": (64, 64), "ffn_up": (64, 64), "ffn_down": (64, 64)}
+OF_LAYERS = (  # a layer of linear attention, in which 4 value heads share 2 key heads, and one of attention
+    {"attn_qkv": (256, 64), "attn_gate": (128, 64), "ssm_alpha": (4, 64), "ssm_beta": (4, 64), "ssm_conv1d": (256, 4)}
+    | {"ssm_norm": (32,), "ssm_out": (64, 128), "ssm_a": (4,), "ssm_dt.bias": (4,)},
+    {"attn_q": (128, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    | {"attn_q_norm": (32,), "attn_k_norm": (32,)},
+)
+
+
+def random_qwen35(checkpoint: Path, file: Path) -> Path:
+    """Write a Qwen3.5 with random weights in Q8_0, as llama.cpp lays it out, and the tokenizer of a checkpoint."""
+    config, words = (json.loads((checkpoint / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    writer, values = gguf.GGUFWriter(file, "qwen35"), numpy.random.default_rng(0)
+    for name, value in QWEN35.items():
+        writer.add_uint32(f"qwen35.{name}", value)
+    writer.add_layer_norm_rms_eps(1e-6), writer.add_rope_freq_base(1e4)
+    writer.add_array("qwen35.rope.dimension_sections", [2, 1, 1, 0])
+    add_tokens(writer, config, words)
+    norms = {"attn_norm": (64,), "post_attention_norm": (64,)}
+    shapes = {f"blk.{i}.{name}": shape for i, one in enumerate(OF_LAYERS) for name, shape in (one | OF_FFN | norms).items()}
+    for name, shape in {"token_embd": (config["vocab_size"], 64), "output_norm": (64,), **shapes}.items():
+        packed = gguf.GGMLQuantizationType["Q8_0" if len(shape) == 2 and shape[1] % 32 == 0 else "F32"]
+        numbers = values.standard_normal(shape).astype(numpy.float32) * (0.1 if len(shape) == 2 else -0.5)
+        numbers = -abs(numbers) if name.endswith("ssm_a") else numbers
+        tensor = name if name.endswith(("ssm_a", "bias")) else f"{name}.weight"
+        writer.add_tensor(tensor, quantized(numbers, packed), raw_dtype=packed)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     return file
 
