@@ -172,6 +172,7 @@ def run_combine(job: CombineArguments) -> None:
 
 # ---- s2ft export and merge -----------------------------------------------------------------------------
 
+
 def run_export(arguments: list[str]) -> None:
     formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
     description = f"""Write an adapter for other tools, read it again and compare.

@@ -174,7 +174,9 @@ class GgufFile:
         data = tensor.data.reshape(len(rows), -1, self.codec(path).size)
         if dim == 0:
             if not torch.equal(columns, columns.sort().values):
-                raise ValueError(f"{self.path}: transformers reorders the inputs of {tensor.name}, which rows have whole")
+                raise ValueError(
+                    f"{self.path}: transformers reorders the inputs of {tensor.name}, which rows have whole"
+                )
             rows, blocks, index = rows[index], torch.arange(data.shape[1]), torch.arange(len(index))
         else:
             size, index = len(columns) // data.shape[1], columns[index]  # inputs of a block of bytes

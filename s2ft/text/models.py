@@ -232,7 +232,9 @@ def hollow_model(name: str):
     known = (auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping)
     makes = [found._from_config for found in (*named, *known) if isinstance(found, type)]
     brought = getattr(config, "auto_map", None) or {}
-    makes += [functools.partial(getattr(transformers, auto).from_config, **_remote()) for auto in AUTO if auto in brought]
+    makes += [
+        functools.partial(getattr(transformers, auto).from_config, **_remote()) for auto in AUTO if auto in brought
+    ]
     if not makes:
         raise ValueError(f"transformers has no model for {name} (model type {config.model_type!r})")
     with torch.device("meta"), without_zero_init():

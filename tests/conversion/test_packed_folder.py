@@ -8,7 +8,7 @@ import pytest
 import torch
 from conversion.test_codec_training import train
 from conversion.test_packed import WIDE
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.inside import export_packed, load_model, packed_base, tuned_weights
 from support.packed_folders import compress, to_nf4
 from support.states import with_adapter
@@ -171,6 +171,14 @@ def test_an_adapter_of_a_quantized_base_is_not_merged_into_a_relative_of_it(tmp_
     relative = to_nf4(tmp_path / "checkpoint", tmp_path / "relative", nested=False)
     with pytest.raises(ValueError, match="trained on another base"):
         export_packed(str(relative), tmp_path / "adapter", tmp_path / "tuned")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(int8, tmp_path):
+    folder = shutil.copytree(int8, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: one for name, one in tensors.items() if name != "model.norm.weight"}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks weights of the model, such as model.norm.weight"):
+        load_model(str(folder))
 
 
 def test_what_transformers_can_not_unpack_is_refused(int8, tmp_path):

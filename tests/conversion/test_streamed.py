@@ -159,7 +159,10 @@ def test_what_cannot_be_streamed_is_merged_in_memory_and_the_log_says_why(make, 
 
 def test_an_ordinary_base_is_not_loaded(work, tmp_path, monkeypatch):
     monkeypatch.delattr(merged, "load_model")
-    export(str(work / "model"), work / "adapter", tmp_path / "out", max_shard_size=SHARDS)
+    shutil.copytree(work / "model", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(b"pieces")  # llama.cpp's converter may need it
+    export(str(tmp_path / "base"), work / "adapter", tmp_path / "out", max_shard_size=SHARDS)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
     check_equal(tmp_path / "out", work / "expected")
     assert tiny_tokenizer()("12+3=").input_ids == load_model(str(tmp_path / "out"))[1]("12+3=").input_ids
 

@@ -117,6 +117,9 @@ def test_one_side_of_a_module():
     with pytest.raises(ValueError, match="'b' trains outputs of a module, and another adapter trains its inputs"):
         model.add_adapter("b", S2FTPeftConfig(target_modules=["0", "1"], ratio=0.4, dim="outputs"))
     assert set(model.peft_config) == {"a"} and list(layer_of(model).s2ft_delta) == ["a"] and type(net[0]) is nn.Linear
+    model.add_adapter("c", S2FTPeftConfig(target_modules=["0"], ratio=0.4, dim="inputs"))
+    model.delete_adapter("a")
+    model.add_adapter("d", S2FTPeftConfig(target_modules=["1"], ratio=0.4, dim="outputs"))  # "a" is gone
 
 
 # ---- accelerate's hooks ---------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ def random_qwen35(checkpoint: Path, file: Path) -> Path:
     writer.add_array("qwen35.rope.dimension_sections", [2, 1, 1, 0])
     add_tokens(writer, config, words)
     norms = {"attn_norm": (64,), "post_attention_norm": (64,)}
-    shapes = {f"blk.{i}.{name}": shape for i, one in enumerate(OF_LAYERS) for name, shape in (one | OF_FFN | norms).items()}
+    shapes = {
+        f"blk.{i}.{name}": shape for i, one in enumerate(OF_LAYERS) for name, shape in (one | OF_FFN | norms).items()
+    }
     for name, shape in {"token_embd": (config["vocab_size"], 64), "output_norm": (64,), **shapes}.items():
         packed = gguf.GGMLQuantizationType["Q8_0" if len(shape) == 2 and shape[1] % 32 == 0 else "F32"]
         numbers = values.standard_normal(shape).astype(numpy.float32) * (0.1 if len(shape) == 2 else -0.5)

@@ -1,6 +1,7 @@
 """Loading models from folders and GGUF files, with clear errors."""
 
 import json
+import shutil
 from unittest.mock import Mock
 
 import gguf
@@ -44,8 +45,11 @@ def test_the_file_is_parsed_once(gguf_file, monkeypatch):
     assert parsed.call_count == 1 and gguf.GGUFReader is reader
 
 
-def test_gguf_in_a_folder_is_found_and_loaded_in_the_dtype_of_the_caller(gguf_file):
+def test_gguf_in_a_folder_is_found_and_loaded_in_the_dtype_of_the_caller(gguf_file, tmp_path):
     assert locate(str(gguf_file.parent)) == (str(gguf_file.parent), {"gguf_file": "tiny.gguf"})
+    shutil.copy(gguf_file, tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # as many repositories of the hub have it
+    assert locate(str(tmp_path)) == (str(tmp_path), {"gguf_file": "tiny.gguf"})
     assert load_model(str(gguf_file), "bfloat16")[0].dtype == torch.bfloat16
 
 
