@@ -122,7 +122,7 @@ def read_prompt(job: GenerateArguments) -> str:
     if (job.prompt is None) == (job.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
     try:
-        prompt = job.prompt if job.prompt_file is None else Path(job.prompt_file).read_text(encoding="utf-8")
+        prompt = job.prompt if job.prompt_file is None else Path(job.prompt_file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt_file {job.prompt_file} is not UTF-8 text: {error}") from None
     prompt = sys.stdin.read() if job.prompt == "-" else prompt
@@ -360,7 +360,7 @@ class Talk:
                 systems = [one["content"] for one in self.chat.transcript() if one["role"] == "system"]
                 say(systems[0] if systems else "there is no system prompt")
             case "/system", text:
-                self.chat.system = "" if text in ('""', "''") else text
+                self.chat.system = text[1:-1] if text[0] == text[-1] and text[0] in "\"'" else text
             case "/undo", _:
                 if not self.chat.undo():
                     raise ValueError("there is nothing to undo")

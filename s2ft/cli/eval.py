@@ -30,7 +30,7 @@ class EvalArguments:
     adapter: str | None = option(None, ADAPTER, metavar="ADAPTER")
     num_beams: int = option(1, "beams of generated answers; the paper uses 4; 1 is greedy", unit="beams", least=1)
     batch_size: int = option(32, "prompts that are answered at once", unit="prompts", least=1)
-    max_new_tokens: int = option(256, "longest answer", unit="tokens", least=1)
+    max_new_tokens: int = option(256, "longest answer; without --task at most 64", unit="tokens", least=1)
     limit: int | None = option(None, "use the first N rows only", shown="all rows", least=1)
     forgetting: list[str] = option(
         [],

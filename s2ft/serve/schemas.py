@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -167,14 +167,19 @@ class Sampled(Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
+def _one_text(prompt: Any) -> Any:
+    """The text of a list with one text, which clients send for one prompt."""
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str) else prompt
+
+
 class CompletionRequest(Sampled):
     """Body of /v1/completions.
 
     Attributes:
-        prompt: A text or a list of token ids.
+        prompt: A text, also in a list, or a list of token ids.
     """
 
-    prompt: str | list[Annotated[int, Field(ge=0)]]
+    prompt: Annotated[str | list[Annotated[int, Field(ge=0)]], BeforeValidator(_one_text)]
 
 
 class TextPart(Strict):

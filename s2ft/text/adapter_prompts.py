@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import s2ft
+from s2ft.attached.active import ON_TOP_OF
 from s2ft.text.models import dtype_of_base, load_model
 from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_text
 from s2ft.text.templates import as_template_takes, template_of
@@ -45,6 +46,9 @@ def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> Promp
         >>> recorded_format({"prompt": {"form": "chat", "template": "{{ messages }}", "system": "Be brief."}}).system
         'Be brief.'
     """
+    if info.get(ON_TOP_OF):
+        others = ", ".join(info[ON_TOP_OF])
+        logger.warning("%s was trained on top of %s, and is used without: s2ft combine makes the sum", name, others)
     if KEY not in info:
         return None
     values = info[KEY]

@@ -294,8 +294,8 @@ def encoded_rows(
         long_prompts, long_rows = (outcomes.count(one) for one in (RowOutcome.LONG_PROMPT, RowOutcome.LONG_ROW))
         raise ValueError(
             f"none of {len(dataset)} rows fits: {long_prompts} with a prompt of {job.max_length} tokens or more, "
-            f"{long_rows} with a prompt and an answer that are longer together; raise max_length, or give "
-            "too_long='cut'"
+            f"{long_rows} with a prompt and an answer that are longer together; raise max_length"
+            + ", or give too_long='cut'" * (job.too_long != "cut")
         )
     rows = rows.select_columns(list(job.columns))
     return rows.select(kept) if len(kept) < len(rows) else rows, Counter(map(RowOutcome, outcomes))

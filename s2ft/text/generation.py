@@ -527,8 +527,6 @@ class Sampler:
         Returns:
             The token id.
         """
-        if self.greedy and self.plain:
-            return int(logits.argmax())
         scores, seen = logits.detach().cpu().double()[None], torch.tensor([[*prompt, *tokens]], dtype=torch.int64)
         for change in self._changes:
             scores = change(seen, scores)

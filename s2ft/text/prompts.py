@@ -238,7 +238,7 @@ def _read_template(tokenizer, chat_template: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"chat_template {text} is no file, no template text, and not the name alpaca")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"chat_template {text} is not UTF-8 text: {error}") from None
 

@@ -27,7 +27,7 @@ from s2ft.text.evaluation import answer_lines, compare, evaluate
 from s2ft.train.batching import updates_of
 from s2ft.train.device import explain_out_of_memory, peak_memory
 from s2ft.train.options import CompareOptions, check_ratios
-from s2ft.train.output import only_run_in, write_json
+from s2ft.train.output import LOCK, only_run_in, write_json
 from s2ft.train.parallel import devices_of
 from s2ft.train.planning import rate_of_adapter, weight_size, width_of
 from s2ft.train.run import Run, load, meter_of, other_text, smaller_step
@@ -109,7 +109,7 @@ def check(run: Run, options: CompareOptions) -> None:
         check_tuner(method)
         check_packages("s2ft.peft" if TUNERS[method].config else "")
     alone = devices_of(arguments).count == 1 and not arguments.fsdp and not arguments.deepspeed
-    others = folder.is_dir() and {path.name for path in folder.iterdir()} - {"logs"} and not (folder / RUNS).is_file()
+    others = folder.is_dir() and {path.name for path in folder.iterdir()} - {"logs", LOCK} and not (folder / RUNS).is_file()
     refuse(
         *((run.given.get(name), f"{name} is an option of s2ft sft that s2ft compare does not have: leave it out")
           for name in REFUSED),

@@ -362,7 +362,10 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     if result.comparison is not None:
         print(f"\n{result.comparison}")
     merged = "my-model.gguf" if run.model.model_name_or_path.endswith(".gguf") else "my-model"
-    commands = [f"s2ft chat --adapter {path}", f"s2ft merge --adapter {path} --output {merged}"]
+    below = [shlex.quote(one) for one in run.options.on_top]  # without these it was never trained
+    whole = shlex.quote(f"{folder.path}-whole") if below else path
+    commands = [f"s2ft combine {' '.join(below)} {path} --output {whole}"] if below else []
+    commands += [f"s2ft chat --adapter {whole}", f"s2ft merge --adapter {whole} --output {merged}"]
     print("\nnext:", *commands, sep="\n  ")
     with log_errors(f"{folder.page} was not written"):
         write_page(run, result, commands)

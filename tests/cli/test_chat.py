@@ -93,7 +93,7 @@ def test_undo_reset_system_and_save(chat, tmp_path):
         "Hello",
         "/undo",
         "Hello",
-        "/system Be brief.",
+        '/system "Be brief."',
         "more",
         "/system",
         f"/save {tmp_path}/a.jsonl",

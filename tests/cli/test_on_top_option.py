@@ -19,6 +19,8 @@ def runs(work):
     sft(work, work / "first")
     sft(work, work / "second", "--on-top", work / "first", "--name", "b")
     sft(work, work / "third", "--on-top", work / "first", work / "second", "--name", "c")
+    # Alone it is a model that was never trained
+    assert f"s2ft merge --adapter {work / 'third'}-whole" in (work / "third/report.html").read_text()
     return [work / name for name in ("first", "second", "third")]
 
 

@@ -86,7 +86,8 @@ def test_answers_whole_and_in_chunks_are_those_of_the_adapter_alone(client, fold
     *chunks, last = client.completions.create(**body, stream=True, stream_options={"include_usage": True})
     assert "".join(chunk.choices[0].text for chunk in chunks) == text and last.usage == whole.usage
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == [finish]
-    assert client.completions.create(**{**body, "prompt": ids}).choices[0].text == text  # token ids
+    for prompt in (ids, ["Hello"]):  # token ids, and the list that LangChain sends
+        assert client.completions.create(**{**body, "prompt": prompt}).choices[0].text == text
 
 
 @pytest.mark.parametrize("name, prompt", [(BASE, OWN), ("a0", OWN), ("a2", "[s]Be brief.[u]hi[a]")])

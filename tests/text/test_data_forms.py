@@ -75,6 +75,7 @@ READ = {
     ),
     "short answer": ({"instruction": "2+3=", "output": "5", "answer": ["5"]}, {"messages": CHAT, "answer": "5"}),
     "system": ({"system": "a", "messages": CHAT}, {"messages": [{"role": "system", "content": "a"}, *CHAT]}),
+    "no answer": ({"instruction": "2+3=", "output": "5", "answer": ""}, {"messages": CHAT}),
     "truth": ({"instruction": "2+3=", "output": "5", "answer": True}, {"messages": CHAT, "answer": "true"}),
 }  # fmt: skip
 IMAGE = {"role": "user", "content": [{"type": "image", "url": "a"}]}
@@ -97,7 +98,8 @@ REFUSED = (  # a row, and words of the message
     ({"instruction": "a", "output": "b", "tools": "add"}, "'tools' .*JSON"),
     ({"messages": "hi"}, "'messages' .*str"),
     ({"messages": "[{"}, "'messages' .*JSON"),
-    ({"messages": [USER]}, "two messages"),
+    ({"messages": [USER]}, "'messages' has no message of the assistant"),
+    ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, r"messages\[1\] has weight 0"),
     ({"messages": [USER, USER]}, "'messages' has no message of the assistant"),
     ({"messages": [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}]}, "its roles are bot, user"),
     ({"messages": [SYSTEM, ASSISTANT]}, "before the assistant's"),

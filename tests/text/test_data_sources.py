@@ -91,6 +91,8 @@ def test_rows_of_text_need_no_chat_template(tmp_path):
     options = DataOptions(data=[str(texts)])
     assert form_of(load_rows(options), options) == "text"
     assert form_of(load_rows(options), DataOptions(data=["a"], system_prompt="Be brief.")) == "chat"
+    whole = load(write_jsonl(tmp_path / "c.jsonl", [{"text": "t"}]))
+    assert form_of(whole, DataOptions(data=["a"], system_prompt="Be brief.")) == "text"  # which has no use for it
     lists = write_jsonl(tmp_path / "b.jsonl", [{"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}])
     assert form_of(load(lists), options) == "chat"
 
@@ -132,6 +134,11 @@ def test_limit_counts_over_all_files(tmp_path):
     assert questions(load(*files, limit=5)) == EXPECTED[:5]
 
 
+def test_a_slice_without_rows_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"train\[:5%\] has none of the 6 rows"):
+        load(write_jsonl(tmp_path / "a.jsonl", ROWS), dataset_train_split="train[:5%]")
+
+
 @pytest.mark.parametrize("split, expected", [("train[:2]", [0, 1]), ("train[50%:]", [3, 4, 5]), ("train[-1:]", [5])])
 def test_slice_of_a_split(tmp_path, split, expected):
     for number in range(2):
@@ -171,7 +178,7 @@ def test_test_split_of_a_named_data_set_is_held_out_if_the_run_evaluates(tmp_pat
     assert questions(load_split(options, seed=0)[1]) == EXPECTED[:2]
     assert load_split(options, seed=0, evaluates=False)[1] is None
     with_data = DataOptions(data=[str(tmp_path / "a")], eval_data=[str(tmp_path / "a")], limit=1)
-    assert [len(part) for part in load_split(with_data, seed=0, eval_limit=4)] == [1, 4]
+    assert [*map(questions, load_split(with_data, seed=0, eval_limit=4))][1] == EXPECTED[:2]  # not the training rows
     path = str(write_jsonl(tmp_path / "a.jsonl", ROWS))  # whose every split is the whole file
     assert load_split(DataOptions(dataset_name=path), seed=0)[1] is None
     sliced = DataOptions(dataset_name=path, eval_data=[path], dataset_train_split="train[4:]")
@@ -232,6 +239,8 @@ BAD_FILES = {  # content, and words of the message
     "cut.jsonl.gz": (gzip.compress(lines().encode(), mtime=0)[:40], "can't be read"),
     "a.txt": (b"plain", "plain text: write JSON lines"),
     "a.xlsx": (b"PK\x03\x04\xc0", "a spreadsheet: save it as CSV"),
+    "comma.csv": (b"question,answer\nWhat is 1, 2?,3\n", "more fields than the first line"),
+    "A.CSV": (b'question,answer\n"a,b\n', "can't be read as csv"),
     "no-header.csv": (b"What is 1?,one\nWhat is 2?,two\n", "What is 1.*first line"),
     "control.jsonl": (b'{"question": "a\x01b", "answer": "c"}', "control character .character 16"),
 }

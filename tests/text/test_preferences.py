@@ -99,6 +99,8 @@ def test_a_row_that_cannot_be_used_says_why(convert, row, words):
         ({"messages": [user("2+3="), assistant("5")]}, {"answer": "5"}),
         ({"messages": [user("2+3=")], "metadata": {"seed": 1}}, {"metadata": {"seed": 1}}),
         ({"instruction": "2+3=", "output": "5"}, {"answer": "5", "output": "5"}),
+        ({"prompt": [user("2+3=")], "answer": ["5", "five"], "completion": "6"}, {"answer": ["5", "five"]}),
+        ({"messages": [user("2+3="), assistant("6")], "answer": ["5", "five"]}, {"answer": ["5", "five"]}),
     ],
 )
 def test_prompts_keep_the_columns_for_the_rewards(row, columns):

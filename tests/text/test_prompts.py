@@ -226,7 +226,7 @@ def test_end_ids_are_those_of_tokenizer_settings_and_template():
 
 def test_template_is_a_file_a_text_or_a_name(tmp_path):
     tokenizer = tiny_tokenizer()
-    (tmp_path / "chat_template.jinja").write_text(TRIMMING)
+    (tmp_path / "chat_template.jinja").write_text(TRIMMING, encoding="utf-8-sig")  # as Notepad saves it
     for given in (tmp_path / "chat_template.jinja", TRIMMING):
         assert prompt_format(tokenizer, chat_template=given) == PromptFormat("chat", TRIMMING)
     assert "### Response" in prompt_format(tokenizer, chat_template="alpaca").template

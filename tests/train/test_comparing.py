@@ -136,6 +136,7 @@ def test_a_folder_with_other_files_is_refused_and_a_failed_run_ends_the_command(
     assert compare(work, OPTIONS, tmp_path)[0] == 2 and "holds no comparison" in capsys.readouterr().err
     monkeypatch.setattr(sys, "executable", "false")  # as a process that fails
     (tmp_path / "out/logs").mkdir(parents=True)  # of a first run that failed
+    (tmp_path / "out/.lock").touch()
     with pytest.raises(SystemExit, match="1"):
         main(["compare", "--model", str(work), "--data", str(work / "data.jsonl"), "--output", str(tmp_path / "out"),
               *OPTIONS.split()])  # fmt: skip

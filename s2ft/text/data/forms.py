@@ -191,7 +191,7 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
     if not fitting:
         raise BadRow(_why_no_form(found, present))
     result = FORMS[fitting[0]](found, scored)
-    if fitting[0] != ("question", "answer") and "answer" in present:
+    if fitting[0] != ("question", "answer") and "answer" in present and found["answer"] != "":
         answer = found["answer"]  # AQuA's is a list of one letter
         short = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
         result["answer"] = text({"answer": short}, "answer", may_be_empty=True)
@@ -244,6 +244,8 @@ def _message(message: object, place: str) -> dict[str, Any]:
     known = ROLES.get(role.strip().lower())
     if known is None and names[0] == "from":
         raise BadRow(f"{place} has the role {role!r}; known are {', '.join(ROLES)}")
+    if message.get("weight") == 0:
+        raise BadRow(f"{place} has weight 0, which s2ft does not know: give --last-answer-only, or leave it out")
     calls = message.get("tool_calls")
     content = _content(message.get(names[1]), f"{place}.{names[1]}", may_be_null=bool(calls))
     result: dict[str, Any] = {"role": known or role.strip(), "content": content}
@@ -289,8 +291,6 @@ def _tool_call(call: object, place: str) -> dict[str, Any]:
 
 def check_chat(messages: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
     """Check that a chat has an answer after a question, and leave out the messages after the last answer."""
-    if len(messages) < 2:
-        raise BadRow(f"field {field!r} must be a list of at least two messages")
     last = last_answer(messages)
     if last < 0:
         roles = ", ".join(sorted({message["role"] for message in messages}))
@@ -470,12 +470,12 @@ def scored_prompt(row: object, renamed: Mapping[str, str], _scored: bool = False
         raise BadRow(f"needs {needs}; it has {listed(found)}; --field OURS=THEIRS maps other names")
     if found.get("tools"):
         raise BadRow("field 'tools' is not used by s2ft grpo, whose answers call no tools: leave it out")
-    given = (found.get(name) for name in ANSWERS)
-    given = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in given)
-    answers = [str(value) for value in given if isinstance(value, (str, int, float))]
+    given = next((found[name] for name in ANSWERS if name in found), None)
+    given = given[0] if isinstance(given, list) and len(given) == 1 else given
+    answers = [str(given)] if isinstance(given, (str, int, float)) else []
     if not isinstance(prompt, str):
         if last_answer(prompt) == len(prompt) - 1 >= 0:
-            answers.append(prompt[-1]["content"])
+            answers += [] if "answer" in found else [prompt[-1]["content"]]
             prompt = prompt[:-1]
         if not any(message["role"] != "system" for message in prompt):
             raise BadRow(f"field {used!r} has no message before the assistant's")

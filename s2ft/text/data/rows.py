@@ -130,7 +130,8 @@ def load_split(
     """
     train = load_rows(options, shape=shape)
     if options.eval_data:
-        split = options.dataset_train_split.partition("[")[0]  # its slice is of the training rows
+        is_same = not {*options.data, options.dataset_name}.isdisjoint(options.eval_data)
+        split = options.dataset_test_split if is_same else options.dataset_train_split.partition("[")[0]
         return train, load_rows(options, data=options.eval_data, split=split, limit=eval_limit or 1 << 62, shape=shape)
     if options.test_split_size:
         size = options.test_split_size
@@ -191,7 +192,10 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
     if not sliced:
         return found
     (part,) = ReadInstruction.from_spec(entry["split"]).to_absolute({entry["split"].partition("[")[0]: count})
-    return found.select(range(part.from_ or 0, count if part.to is None else part.to))
+    taken = range(part.from_ or 0, count if part.to is None else part.to)
+    if not taken:
+        raise ValueError(f"the slice {entry['split']} has none of the {count} rows of {entry['path']}")
+    return found.select(taken)
 
 
 def form_of(rows, options: DataOptions) -> str:
@@ -199,16 +203,16 @@ def form_of(rows, options: DataOptions) -> str:
 
     Args:
         rows: Rows as :func:`load_rows` returns them.
-        options: The options of the data, which may name the form. A chat template or a system prompt says "chat".
+        options: The options of the data, which may name the form. A chat template or a system prompt says "chat", unless
+            all rows are whole texts.
     """
     if options.form != "auto":
         return options.form
-    if options.chat_template is not None or options.system_prompt is not None:
-        return "chat"
+    for_chats = options.chat_template is not None or options.system_prompt is not None
     cells = rows.select_columns([name for name in ("messages", "prompt") if name in rows.column_names])
     columns = (column for part in cells.with_format("arrow").iter(FEW) for column in part.columns)
-    has_chats = any(str(value).startswith("[") for column in columns for value in column.to_pylist())  # lists as JSON
-    return "chat" if has_chats else "text"
+    values = (value for column in columns for value in column.to_pylist() if value is not None)
+    return "chat" if any(for_chats or str(value).startswith("[") for value in values) else "text"  # lists as JSON
 
 
 def check_bad_rows(problems: Sequence[str], good: int, skip: bool, name: str = "the data") -> None:
@@ -256,4 +260,4 @@ def _converted(
         except BadRow as error:
             problems.append(f"{place}: {error}" if len(problems) < SHOWN else "")  # there may be millions
         else:
-            yield {name: json.dumps(found[name]) if name in found else None for name in shape.columns}
+            yield {name: json.dumps(found[name], default=str) if name in found else None for name in shape.columns}

@@ -138,7 +138,7 @@ def _split_of(found: Mapping[str, Any], split: str, name: str) -> Any:
 
 def _kind(path: Path) -> str | None:
     """What reads a file, by its ending before one of compression."""
-    return KINDS.get(Path(path.stem if path.suffix in COMPRESSED else path.name).suffix)
+    return KINDS.get(Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.lower())
 
 
 def _files(paths: Iterable[Path], kind: str | None = None) -> Rows:
@@ -178,7 +178,13 @@ def _table(path: Path, kind: str) -> Rows:
 
 
 def _told_of_missing(path: Path, part: Any) -> Any:
-    """Return a part of a table. Warn of cells that a program wrote for a missing value and that are read as text."""
+    """Return a part of a table. Warn of cells that a program wrote for a missing value and that are read as text.
+
+    Raises:
+        ValueError: The rows are longer than the first line. pandas would take their first cells for names of rows.
+    """
+    if type(part.index).__name__ != "RangeIndex":
+        raise ValueError("rows have more fields than the first line: quote a cell that holds the separator")
     missing = part.isin(["NaN", "nan"]).any()
     if missing.any():
         names = ", ".join(map(repr, part.columns[missing]))
