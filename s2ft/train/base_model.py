@@ -145,8 +145,6 @@ def check_kernels(name: str) -> None:
 def apply_kernels(model, name: str) -> None:
     """Let the frozen layers of a model run on kernels that :func:`check_kernels` allows.
 
-    The model may be attached before or after.
-
     A model whose couplings are found by trials is attached before, since the trials run on the CPU.
 
     Liger-Kernel works on a GPU. It replaces norms and rotary positions in transformers' module of this type, so that
