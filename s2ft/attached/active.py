@@ -9,6 +9,7 @@ and writing a recorded value twice changes nothing: after an interrupt at any mo
 base.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -47,6 +48,8 @@ from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
 from s2ft.ops.in_place import WRITING, check_private
 from s2ft.selection import unit_tensors
+
+logger = logging.getLogger(__name__)
 
 # ---- which adapters are active -------------------------------------------------------------------------
 
@@ -450,6 +453,14 @@ def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None
     """Record the values of parameters, then make them require a gradient."""
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name] for name in names}
+    rounded = [name for name, one in chosen.items() if one.dtype.itemsize < torch.float32.itemsize]
+    if rounded:
+        logger.warning(
+            "%s is trained in full in %s: updates smaller than its step are lost, unless the optimizer keeps float32 "
+            "copies. Load the base in float32 to train it",
+            rounded[0],
+            chosen[rounded[0]].dtype,
+        )
     _keep_base_of(record, chosen)
     for parameter in chosen.values():
         (_with_address(model, parameter) if parameter.is_meta else parameter).requires_grad_(True)

@@ -64,9 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = trl.TrlParser((*script.make_parser().dataclass_types, S2FTOptions), prog=f"s2ft.integrations.trl {name}")
     *parsed, chosen = parser.parse_args_and_config(options)
     model = next(one for one in parsed if isinstance(one, trl.ModelConfig))  # some options of LoRA hold for S²FT too
-    config = config_from(
-        chosen.s2ft, "s2ft", task_type=model.lora_task_type, modules_to_save=model.lora_modules_to_save
-    )
+    task_type = "SEQ_CLS" if name == "reward" else model.lora_task_type
+    config = config_from(chosen.s2ft, "s2ft", task_type=task_type, modules_to_save=model.lora_modules_to_save)
     # The scripts import this function from trl when they run. It is TRL's only way from options to a PEFT config.
     trl.get_peft_config = lambda model_args: config
     script.main(*parsed)

@@ -38,6 +38,8 @@ REFUSED = {
     "ignore_data_skip": "a resumed run would train on rows again, so it would not equal an uninterrupted one",
     "sync_ref_model": "the reference is the base, which is never trained; there is no second model that could follow "
     "the adapter",
+    "enable_jit_checkpoint": "a run that it ends would count as complete; start the command again with --resume, which "
+    "goes on from the last checkpoint of --save-steps",
     "use_transformers_continuous_batching": "it keeps buffers of its own for a model that does not change; the answers "
     "are generated in batches by model.generate",
 }
@@ -181,8 +183,6 @@ class SFTArguments(RunArguments, SFTConfig):
                 "packing_strategy 'wrapped' mixes up rows: rows would see each other; use 'bfd', the default",
             ),
         )
-        if self.use_cpu is False and self.pad_to_multiple_of == "auto":
-            self.pad_to_multiple_of = "none"  # "auto" is for a device that s2ft does not know
         super().__post_init__()
 
 
@@ -238,6 +238,9 @@ class GRPOArguments(RLArguments, GRPOConfig):
         "what answers are rewarded for: answer_equal, format, FILE.py:NAME, or FILE.py for all its rewards; their sum "
         "counts, weighted by --reward-weights",
         metavar="REWARD",
+    )
+    metric_for_best_model: str | None = field(
+        default="reward", metadata={"help": "what the best checkpoint has most of; the loss of GRPO says nothing"}
     )
     vllm_take_over: bool = field(
         default=False, metadata={"help": "take the vLLM server from another run that has died while it used the server"}

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import signal
 import socket
 import tempfile
@@ -28,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 import s2ft
 from s2ft.attached.loading import restore_adapter
 from s2ft.attached.saving import gather_trained
+from s2ft.config import refuse
 from s2ft.distributed import all_ranks, run_on_ranks
 from s2ft.files.plain_text import replace_file
 from s2ft.packages import check_packages
@@ -204,9 +206,18 @@ def _best_step(trainer) -> int | None:
     return step
 
 
+def _has_ended(trainer, state: TrainerState) -> bool:
+    """Whether the run of a checkpoint has made its last step, or was stopped early."""
+    stops = [one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+    noted = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+    counter = noted["attributes"]["early_stopping_patience_counter"] if noted else 0
+    patience = min((one.early_stopping_patience for one in stops), default=math.inf)
+    return 0 < state.max_steps <= state.global_step or counter >= patience
+
+
 def _train(trainer, checkpoint: Path | None, state: TrainerState | None) -> None:
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
-    if state is not None and 0 < state.max_steps <= state.global_step:  # the Trainer would train one more step
+    if state is not None and _has_ended(trainer, state):  # the Trainer would train one more step
         trainer.state, state.is_world_process_zero = state, trainer.is_world_process_zero()
         best = best_checkpoint(state, trainer.args.output_dir) if trainer.args.load_best_model_at_end else None
         restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
@@ -239,9 +250,11 @@ def checkpointing(model, arguments) -> Iterator[None]:
         yield
         return
     given = getattr(arguments, "activation_checkpointing_kwargs", None) or arguments.gradient_checkpointing_kwargs
+    given = dict(given or {})
+    apart = {name: given.pop(name) for name in ("every_n_layers", "offload") if name in given}  # no checkpoint's own
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     getattr(model, f"{kind}_checkpointing_enable")(
-        **{f"{kind}_checkpointing_kwargs": {"use_reentrant": False, **(given or {})}}
+        **{f"{kind}_checkpointing_kwargs": {"use_reentrant": False, **given}}, **apart
     )
     if hasattr(model, "_require_grads_hooks") or hasattr(model, "_require_grads_hook"):
         model.disable_input_require_grads()  # not needed, and the backward pass would continue down to the embeddings
@@ -305,7 +318,7 @@ class JsonlLog(TrainerCallback):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.clock = path, 0.0  # a run that had ended is only evaluated
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.seen = state.global_step, state.num_input_tokens_seen
@@ -477,11 +490,22 @@ def trainer_for(
 
 
 def check_dtype(model, arguments) -> None:
-    """Check that the dtype of a model works here, and turn on the loss scaler of float16."""
-    half = next(model.parameters()).dtype == torch.float16
-    if (half or arguments.fp16) and not torch.cuda.is_available():
-        raise ValueError("training in float16 needs a GPU: set dtype to bfloat16 or float32, and fp16 to false")
-    arguments.fp16 = arguments.fp16 or half
+    """Check that the dtype of a model works here, and turn on the loss scaler and autocast of float16."""
+    if next(model.parameters()).dtype != torch.float16 and not arguments.fp16:
+        return
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    refuse(
+        (
+            not torch.cuda.is_available(),
+            "training in float16 needs a GPU: set dtype to bfloat16 or float32, and fp16 to false",
+        ),
+        (
+            torch.float16 in trained,
+            "what is trained must not be in float16, whose gradients the loss scaler can't take: leave delta_dtype "
+            "out, and load the base in bfloat16 or float32 for modules_to_save",
+        ),
+    )
+    arguments.fp16, arguments.mixed_precision = True, "fp16"  # the Trainer reads the second
 
 
 def loss_for(model, arguments, options: RunOptions, batch: dict) -> contextlib.AbstractContextManager:

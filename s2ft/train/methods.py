@@ -48,6 +48,10 @@ class Method(ABC):
                 "early_stopping_patience keeps the best checkpoint: leave load_best_model_at_end out",
             ),
             (metric == "accuracy" and not run.options.eval_task, "metric_for_best_model accuracy needs eval_task"),
+            (
+                run.method.name == "sft" and metric not in ("None", "loss", "accuracy"),
+                f"metric_for_best_model must be loss or accuracy, got {metric}",
+            ),
         )
 
     def read(self, run: Run) -> tuple[Any, Any]:

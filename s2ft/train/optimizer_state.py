@@ -88,7 +88,8 @@ def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mappin
 def names_of(groups: Iterable[Iterable[nn.Parameter]], model: nn.Module) -> list[list[str]]:
     """Return the names of the parameters of each group, without what wrappers add to names."""
     names = {id(parameter): WRAPPERS.sub("", name) for name, parameter in model.named_parameters()}
-    return [[names[id(parameter)] for parameter in group] for group in groups]
+    numbers = count()  # of parameters outside of the model, such as a loss's
+    return [[names.get(id(one)) or f"outside of the model {next(numbers)}" for one in group] for group in groups]
 
 
 def places_of(saved: Mapping[str, Any], names: Sequence[Sequence[str]]) -> list[list[int]]:

@@ -352,7 +352,7 @@ def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None
     shutil.rmtree(place, ignore_errors=True)  # a damaged checkpoint, or one of an earlier attempt
     os.rename(checkpoint, place)
     shutil.rmtree(checkpoint.parent, ignore_errors=True)
-    found = checkpoints(folder)
+    found = sorted(checkpoints(folder), key=lambda one: one.stat().st_mtime)  # an earlier run may have made more steps
     removable = [path for path in found if path not in (place, best)]
     for old in removable[: len(found) - keep] if keep and len(found) > keep else []:
         shutil.rmtree(old, ignore_errors=True)

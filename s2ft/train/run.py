@@ -219,17 +219,17 @@ def config_of(run: Run) -> S2FTConfig:
         ValueError: The options say it too, or the adapter is in the folder that the run writes.
     """
     folder = run.options.init_adapter
+    used = {"init_adapter": [folder] if folder else [], "on_top": run.options.on_top}
+    for name, path in ((name, Path(one).resolve()) for name, paths in used.items() for one in paths):
+        if run.folder.path.resolve() in (path, *path.parents):
+            raise ValueError(f"{name} {path} is in the output folder: choose another --output")
     if folder is None:
         check_ratios(run.config, run.given)
         return with_protect_ratio(run.config, bool(run.forgetting.protect))
     choosing = {one.name for one in fields(S2FTConfig)} - {"seed"}  # that of the run; the config's is selection_seed
     choosing |= {"selection_seed", "calibration_examples", "protect", "on_top"}
     given = sorted(choosing & run.given.keys())
-    refuse(
-        (given, f"init_adapter trains the units of an adapter: leave out {', '.join(given)}"),
-        (run.folder.path.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents),
-         f"init_adapter {folder} is in the output folder: choose another --output"),
-    )  # fmt: skip
+    refuse((given, f"init_adapter trains the units of an adapter: leave out {', '.join(given)}"))
     return read_adapter(folder).config
 
 

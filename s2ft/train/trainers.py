@@ -162,7 +162,6 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         self.trl_loss = needs_trl_loss(arguments)
         if not self.trl_loss:
             self.restore_model()
-            self.aux_loss_enabled = False
         if not (self.trl_loss or self._devices.splits_rows):
             # Trainer asks the class. Some say no although they take the divisor, and some take it and ignore it.
             divides = partial(divides_by_items, model, batching.collator([short_row(rows)]))
@@ -309,8 +308,9 @@ class Reference(nn.Module):
         return self(*args, **inputs)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """The state of the attached model. TRL's cache of reference log-probabilities is found by its hash."""
-        return self._model[0].state_dict(*args, **options)
+        """The weights that a call runs on, with the adapters below: by their hash TRL finds its cache of their results."""
+        state = self._model[0].state_dict(*args, **{**options, "keep_vars": True})
+        return {name: value.detach() for name, value in state.items()}
 
 
 class RLTrainer(AdapterCheckpoints, RunMethods):

@@ -24,7 +24,7 @@ def attached(layout="permuted", seed=0, dtype=torch.float32, **changes):
     return with_adapter(tiny_model(dtype=dtype, **changes), s2ft.S2FTConfig(**CONFIG, layout=layout, seed=seed))
 
 
-def trainer(model, folder, rows=ROWS, callbacks=(), kind=Trainer, **changes):
+def trainer(model, folder, rows=ROWS, callbacks=(), kind=Trainer, optimizers=(None, None), **changes):
     options = dict(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -42,6 +42,7 @@ def trainer(model, folder, rows=ROWS, callbacks=(), kind=Trainer, **changes):
         train_dataset=rows,
         eval_dataset=rows[:6],
         callbacks=list(callbacks),
+        optimizers=optimizers,
     )
 
 

@@ -103,6 +103,7 @@ WRONG = [
     ({"use_liger_kernel": True}, "use_liger_kernel does not work here: "),
     ({"auto_find_batch_size": True}, "auto_find_batch_size does not work here: "),
     ({"save_only_model": True}, "save_only_model does not work here: "),
+    ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint does not work here: "),
     ({"optim": "galore_adamw"}, "works on the gradients of whole weights"),
     ({"hub_strategy": "all_checkpoints"}, "the adapter is uploaded once, at the end"),
     ({"truncation_mode": "keep_end"}, "see too_long"),

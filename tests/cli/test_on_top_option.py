@@ -55,3 +55,4 @@ def test_an_adapter_is_trained_further_from_its_values_on_its_units(runs, work, 
     assert further(tmp_path / "no", "--d-ratio", 0.1, "--selection-seed", 3, "--on-top", runs[1]) == 2
     assert "leave out d_ratio, on_top, selection_seed" in capsys.readouterr().err
     assert further(runs[0], "--overwrite") == 2 and "another --output" in capsys.readouterr().err
+    assert sft(work, runs[0], "--on-top", runs[0], "--overwrite") == 2 and "another" in capsys.readouterr().err

@@ -124,7 +124,7 @@ MODULES = {
     "train.run": "Encoded fitting_batch set_batches smaller_step",
     "train.tuners": "TUNERS prepare",
     "train.trainers": "DPORunTrainer GRPORunTrainer Reference SFTRunTrainer TokenRowTrainer",
-    "train.fit": "JsonlLog check_packages_of_run dpo grpo sft trainer_for",
+    "train.fit": "JsonlLog check_dtype check_packages_of_run dpo grpo sft trainer_for",
     "vllm": "served_base:base command compatibility layers lora_requests:loading resolver transfer",
     "vllm.compatibility": "MissingInVLLM private when_imported",
     "vllm.served_base": "lora_of",

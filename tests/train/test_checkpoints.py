@@ -1,10 +1,12 @@
 """Checkpoints are written completely or not at all. A resume reports a corrupt one and takes the newest valid one."""
 
+import os
 import shutil
 from functools import partial
 from unittest.mock import Mock
 
 import pytest
+import torch
 from adapter.test_pretrained import StopAt, attached, trainer
 from support.inside import (
     SEAL,
@@ -65,6 +67,9 @@ def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
     assert not (tmp_path / UNFINISHED).exists() and not damage(tmp_path / "checkpoint-4")
     move_into_place(checkpoint(tmp_path / UNFINISHED, 5, sealed=False), tmp_path, keep=0)
     assert len(checkpoints(tmp_path)) == 3
+    os.utime(checkpoint(tmp_path, 20), (0, 0))  # an earlier run in this folder had more steps
+    move_into_place(checkpoint(tmp_path / UNFINISHED, 6, sealed=False), tmp_path, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
 
 
 ours = partial(trainer, kind=S2FTTrainer)
@@ -80,6 +85,21 @@ def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupt
     ours(again, tmp_path / "cut", save_steps=2).train(resume_from_checkpoint=True)
     assert "checkpoint-6 is damaged" in caplog.text and same(again, whole)
     assert not damage(tmp_path / "cut/checkpoint-6")  # the resumed run wrote it again
+
+
+def test_a_parameter_outside_of_the_model_is_resumed_too(tmp_path):
+    """Such as the classifier of a loss of sentence-transformers."""
+
+    def optimizers(model):
+        outside = torch.nn.Parameter(torch.ones(3))
+        made = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.requires_grad]}, {"params": [outside]}])
+        return made, torch.optim.lr_scheduler.ConstantLR(made)
+
+    first, second = attached(), attached()
+    ours(first, tmp_path, optimizers=optimizers(first)).train()
+    resumed = ours(second, tmp_path, optimizers=optimizers(second))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same(first, second)
 
 
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):

@@ -79,6 +79,16 @@ def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
     assert torch.equal(Reference(model)(input_ids=ids).logits, base(ids).logits)
 
 
+def test_the_state_of_the_reference_has_the_adapters_below():
+    """TRL finds its cache of reference log-probabilities by the hash of the state."""
+    model = randomize(with_adapter(tiny_model(), s2ft.S2FTConfig(d_ratio=0.1)))
+    s2ft.freeze_adapter(model)
+    weight = model.model.layers[0].mlp.down_proj.weight.clone()
+    s2ft.attach(model, s2ft.S2FTConfig(v_ratio=0.5), "second", on_top=True)
+    found = Reference(model).state_dict()["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(found, weight) and not torch.equal(found, tiny_model().model.layers[0].mlp.down_proj.weight)
+
+
 @pytest.mark.parametrize("extra", [None, ["norm", "embed_tokens"]], ids=["slices", "extra weights"])
 def test_the_reference_may_run_between_forward_and_backward(extra):
     """It must not write into weights that the backward pass needs."""

@@ -49,7 +49,9 @@ def arguments(path, **changes):
         max_steps=6,
         seed=3,
     )
-    return GRPOArguments(output_dir=str(path), **{**more, **changes})
+    found = GRPOArguments(output_dir=str(path), **{**more, **changes})
+    assert found.metric_for_best_model == "reward"  # the loss is that of rounding
+    return found
 
 
 def run(path, resume=False, options=RunOptions(), rewards=REWARDS, **changes):

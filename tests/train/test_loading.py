@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from support.inside import ModelOptions, SFTArguments, export, fit_layout, hollow_model, load_base, quantization_config
-from train.tiny import save_tiny
+from support.inside import ModelOptions, SFTArguments, check_dtype, export, fit_layout, hollow_model, load_base, quantization_config
+from train.tiny import save_tiny, tiny_model
 
 import s2ft
 
@@ -82,6 +82,20 @@ def test_special_tokens_must_be_in_the_vocabulary(tiny, tmp_path):
     assert tokenizer.eos_token == "<|endoftext|>"
     with pytest.raises(ValueError, match="eos_token '<no>' is not in the vocabulary"):
         load_base(ModelOptions(tiny), arguments(tmp_path, eos_token="<no>"))
+
+
+def test_float16_trains_with_a_loss_scaler(tmp_path, monkeypatch):
+    """The Trainer reads mixed_precision. On the CPU there is no scaler, so only the arguments are looked at."""
+    model = tiny_model().half()
+    with pytest.raises(ValueError, match="float16 needs a GPU"):
+        check_dtype(model, arguments(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    check_dtype(model, found := arguments(tmp_path))
+    assert found.fp16 and found.mixed_precision == "fp16"
+    model.model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match="must not be in float16"):
+        check_dtype(model, found)
 
 
 CODE = """

@@ -263,6 +263,11 @@ def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog
     saved = tensors_of(folder.path / f"checkpoint-{best}")
     assert all(torch.equal(value, saved[key]) for key, value in tensors_of(folder.adapter).items())
     options = {"early_stopping_patience": 3}
+    *lines, last = folder.log.read_text().splitlines(keepends=True)
+    assert "eval_loss" in last
+    folder.log.write_text("".join(lines))  # as if the run had ended before its last evaluation
+    _, _, ended = run(tmp_path / "whole", resume=True, evaluated=other_rows(), options=options, **BEST)
+    assert ended.steps == result.steps and "failed" not in caplog.text
     run(tmp_path / "cut", evaluated=other_rows(), options={**options, "stop_after": best + 3}, **BEST)
     _, again, resumed = run(tmp_path / "cut", resume=True, evaluated=other_rows(), options=options, **BEST)
     assert resumed.steps == result.steps and resumed.best_step == best
