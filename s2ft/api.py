@@ -204,7 +204,6 @@ def plan(
         1664
     """
     found, selection = _chosen(model, config, calibration, couplings, example, protect)
-    config = with_protect_ratio(config, protect is not None)
     return Report.planned(model, found.couplings, config, selection, found.is_custom, found.weights)
 
 

@@ -6,11 +6,12 @@ from types import FunctionType
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from support.aliases import alias_of
 from support.inside import experts_forward
 from support.models import ALL_RATIOS, SHAPE, fit, model_of, output_of, randomized, ratios_for, train
 from support.nets import doubled
-from support.states import with_adapter
+from support.states import randomize, with_adapter
 from support.tolerances import relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -103,6 +104,17 @@ def with_experts_of(kind):
     for layer in model.model.layers:
         layer.mlp.experts.__class__ = kind
     return model
+
+
+def test_experts_with_a_hook_of_accelerate_train():
+    plain, model = model_of("mixtral"), model_of("mixtral")
+    devices = {name: "cpu" for name, _ in model.named_modules() if name.count(".") == 2 or name == "lm_head"}
+    devices |= {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+    dispatch_model(model, devices, main_device="cpu", force_hooks=True)  # as device_map does for several devices
+    for one in (plain, model):
+        train(randomize(with_adapter(one, S2FTConfig(d_ratio=0.2))), 2)
+    assert torch.equal(output_of(model), output_of(plain))
+    assert torch.equal(output_of(s2ft.detach(model)), output_of(s2ft.detach(plain)))
 
 
 def test_ligers_experts_train():

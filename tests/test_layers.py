@@ -188,6 +188,15 @@ def test_the_steps_of_the_reference_code(kind, dtype, replace):
         assert torch.equal(layer(x), F.linear(x, effective(layer, UNITS["slice"]), layer.bias))
 
 
+def test_new_values_of_a_layer_keep_none_of_the_old(kind, units):
+    layer = layer_of(kind, units)
+    layer(torch.randn(2, 11))
+    layer.reset_parameters()
+    new = layer.weight.detach().clone()
+    layer(torch.randn(2, 11))
+    assert torch.equal(layer.weight, new) and not layer.s2.any()
+
+
 def test_hooks_of_the_linear_layer_are_kept(kind):
     linear, seen = nn.Linear(11, 9), []
     handle = linear.register_forward_hook(lambda *args: seen.append(1))

@@ -170,8 +170,6 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
         ValueError: The adapters have different bases, a weight is not a finite number, or extra weights belong to two
             adapters or to one whose weight is not 1.
     """
-    if not parts:
-        raise ValueError("there are no adapters to add up: give at least one")
     first = parts[0][0]
     for adapter, weight in parts:
         check_weight(adapter.name, weight)

@@ -89,8 +89,7 @@ def switch(model: nn.Module, record: Attachment, factors: dict[str, float]) -> N
     if factors == record.active and not is_scaled and not record.change_unfinished:
         return  # a trainable adapter with another factor than 1 is written anew: it may have changed
     reshard_all(model)
-    if factors:
-        check_can_put_on_extra(model, record, factors)
+    check_can_put_on_extra(model, record, factors)
     written = [name for name in factors if name != record.name or is_scaled]
     if written:
         check_weights_are_here(model, record)
@@ -546,8 +545,7 @@ def take_off_extra(model: nn.Module, record: Attachment) -> None:
         return
     parameters = dict(model.named_parameters())
     holding = {name: parameters[name] for name in extra.base if name not in extra.trained}  # trained values
-    if holding:
-        extra.trained = {**extra.trained, **full_copies(holding)}
+    extra.trained = {**extra.trained, **full_copies(holding)}
     _write_extra(parameters, {**extra.overwritten, **extra.base})
     extra.overwritten = {}
 
@@ -583,6 +581,11 @@ def check_can_put_on_extra(model: nn.Module, record: Attachment, factors: Mappin
 def _write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         parameter = parameters[name]
+        if full_shape(parameter) != value.shape:
+            raise ValueError(
+                f"{name} has another shape than when it was recorded: give it that one again, and call s2ft.detach "
+                "before resize_token_embeddings"
+            )
         if is_spread(parameter) or has_master_copy(parameter):
             write_units(parameter, torch.arange(value.shape[0], device="cpu"), value, 0)
         else:

@@ -35,6 +35,7 @@ from s2ft.ops import multi_adapter_linear
 
 # Types with layers that get the time first, or the tokens of each expert, so that no row is known to be of a sequence
 NOT_BY_SEQUENCE = ("xlnet", "fsmt", "longformer", "led", "switch_transformers", "nllb-moe")
+STACKS_GUIDANCE = ("musicgen", "musicgen_melody", "dia")  # all rows, and then all of them without the prompt
 
 
 class AdapterBank:
@@ -80,7 +81,8 @@ class AdapterBank:
                 f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}",
             ),
             (
-                getattr(getattr(model, "config", None), "model_type", None) in NOT_BY_SEQUENCE,
+                getattr(getattr(model, "config", None), "model_type", None) in NOT_BY_SEQUENCE + STACKS_GUIDANCE
+                or any(getattr(module, "batch_first", None) is False for module in model.modules()),
                 f"{type(model).__name__} has layers whose inputs are not [sequences, ...]: use set_adapter",
             ),
         )
@@ -363,8 +365,9 @@ class AdapterBank:
             if known.dim != dim:
                 raise ValueError(f"{who} the other side of {path} than another adapter of this bank: use another bank")
             return known
-        if expert is not None or not kind_of(module).is_linear:
-            what = "experts" if expert is not None else f"a {type(module).__name__}"
+        is_expert = expert is not None or ".experts." in path
+        if is_expert or not kind_of(module).is_linear:
+            what = "experts" if is_expert else f"a {type(module).__name__}"
             raise ValueError(
                 f"{who} {path}, {what}: batches mix adapters of linear layers only, so use load_adapter "
                 "and set_adapter instead"
@@ -473,14 +476,15 @@ class _BankLayer:
         self.values = torch.zeros(capacity, width, dtype=dtype, device=device)
         self.index = torch.zeros(capacity, dtype=torch.int64, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The forward of the module, with the products of the rows' adapters: x [rows, ..., inputs] → outputs."""
+    def forward(self, input: Tensor) -> Tensor:
+        """The forward of the module, with the products of the rows' adapters: input [rows, ..., inputs] → outputs."""
         own = self.original_forward
-        y = type(self.module).forward(self.module, x) if own is None else own(x)
+        y = type(self.module).forward(self.module, input) if own is None else own(input)
         if not torch.compiler.is_compiling() and not self.used:  # a compiled graph must serve all batches
             return y
         values = self.values if self.values.dtype == y.dtype else self.values.to(y.dtype)  # autocast
-        return multi_adapter_linear(x, y, values, self.index, self.offsets, self._adapter_of(x.shape[0]), self.dim)
+        rows = self._adapter_of(input.shape[0])
+        return multi_adapter_linear(input, y, values, self.index, self.offsets, rows, self.dim)
 
     def put_back(self) -> None:
         """Give the module the forward that it had."""

@@ -40,6 +40,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -105,7 +106,7 @@ def gated_forward(block: Any, x: Tensor, activation: str, act_class: type[Any]) 
     For the backward it keeps the outputs of gate and up, and of their product only what the down projection keeps. The
     block's own forward runs if `act_fn` is not of the class that `activation` stands for, or has hooks.
     """
-    if type(block.act_fn) is not act_class or is_intercepted(block.act_fn):
+    if transforms_active() or type(block.act_fn) is not act_class or is_intercepted(block.act_fn):
         return type(block).forward(block, x)
     return block.down_proj(act_mul(block.gate_proj(x), block.up_proj(x), activation))
 
@@ -121,13 +122,13 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
     """
     for path in experts_modules(coupling):
         block = model.get_submodule(path)
-        if "forward" not in block.__dict__:
+        if block.__dict__.get(_place_of_forward(block)) in (None, MethodType(type(block).forward, block)):
             activation = act_mul_of(block) if cast(S2FTConfig, record.config).ffn_kernel else None
             act_class = type(getattr(block, "act_fn", None))
             options = {} if activation is None else {"activation": activation, "act_class": act_class}
             _put(block, path, partial(forward_of(block), block, **options), record)
         elif path not in record.forwards:
-            forward = block.__dict__["forward"]
+            forward = block.__dict__[_place_of_forward(block)]
             name = getattr(forward, "__qualname__", type(forward).__name__)
             raise ValueError(
                 f"the forward of {path} has been replaced by {name}, which can't run "
@@ -142,7 +143,12 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
 
 def _put(block: nn.Module, path: str, forward: partial, record: Attachment) -> None:
     record.forwards[path] = forward
-    block.forward = forward
+    setattr(block, _place_of_forward(block), forward)
+
+
+def _place_of_forward(block: nn.Module) -> str:
+    """The attribute that holds a module's forward: another one where accelerate has put a hook around it."""
+    return "_old_forward" if hasattr(block, "_hf_hook") else "forward"
 
 
 def experts_modules(coupling: Coupling) -> list[str]:
@@ -155,8 +161,11 @@ def restore_forwards(model: nn.Module, record: Attachment) -> None:
     """Remove the recorded forwards, except where someone else has replaced them since."""
     for path, forward in record.forwards.items():
         block = model.get_submodule(path)
-        if block.__dict__.get("forward") is forward:
-            block.__dict__.pop("forward", None)
+        place = _place_of_forward(block)
+        if block.__dict__.get(place) is forward:
+            block.__dict__.pop(place)
+            if place != "forward":  # accelerate's hook needs one
+                setattr(block, place, MethodType(type(block).forward, block))
 
 
 # ---- gradients through checkpointed blocks whose inputs are frozen --------------------------------------------------

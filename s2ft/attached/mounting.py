@@ -259,6 +259,9 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
     mark_layers(record)
     for coupling in trained_couplings(record.couplings, cast(Selection, record.selection)):
         replace_forward(model, coupling, record)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None  # of a backward before: an optimizer would step with it
     add_checkpoint_hooks(model, record.mounts)
     add_save_functions(model, record)
     unfreeze(model, record, extra_names)

@@ -258,7 +258,6 @@ class Proof:
         """Inside, the weights of the trainable layers require gradients, which none of these layers gives them."""
         layers = {p: mount.layer for p, mount in self.record.mounts.items() if mount.layer.kind.read_only is None}
         weights = {path: layer.weight for path, layer in layers.items()}
-        before = {path: weight.grad for path, weight in weights.items()}
         try:
             for path, layer in layers.items():
                 layer.is_on_trial = True
@@ -267,7 +266,7 @@ class Proof:
         finally:
             for path, layer in layers.items():
                 layer.is_on_trial = False
-                weights[path].requires_grad_(False).grad = before[path]
+                weights[path].requires_grad_(False).grad = None
 
     def _check_blocks(self, training: bool, backward: bool = False) -> None:
         """Compare what each block returns for the same inputs, and the outputs of the model."""

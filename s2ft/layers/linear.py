@@ -89,6 +89,7 @@ class S2Linear(S2Layer):
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as nn.Linear does, and `s2` with zeros."""
+        self.unfuse()  # else the units of the old base would come back
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0

@@ -362,7 +362,13 @@ def _declared(model: nn.Module, declaration: Declaration) -> list[Coupling]:
     model_type = config_of(model).model_type
     if model_type not in _REGISTERED:
         check_release(model_type)
-    couplings = list(declaration(model))
+    try:
+        couplings = list(declaration(model))
+    except (AttributeError, RuntimeError, StopIteration) as error:
+        raise ValueError(
+            f"{type(model).__name__}: a block lacks what those of model type {model_type!r} have ({error}): give "
+            "couplings=, or another config.model_type, so that they are searched for"
+        ) from error
     if not couplings:
         raise ValueError(
             f"{type(model).__name__}: s2ft finds no layers of model type {model_type!r} under their usual names: give "

@@ -619,11 +619,9 @@ def _select(
     request = Request(requested_couplings(couplings, config), config, cast(nn.Module, model))
     allowed = allowed_units(couplings, list(request.projections), config.exclude)
     if protect is not None:
-        if model is None:
-            raise ValueError("protect needs the model: it runs on the protect data")
         has_ratios = config.budget is None and config.match_lora_rank is None
         counts = units_per_projection(request.couplings, config) if has_ratios else None
-        data = Calibration(protect, next(model.parameters()).device, "protect")
+        data = Calibration(protect, next(request.model.parameters()).device, "protect")
         allowed = allowed_without_protected(replace(request, calibration=data), allowed, counts)
     free = {path: int(units.sum()) for path, units in allowed.items()}
     counts = units_per_projection(couplings, config, model, free)

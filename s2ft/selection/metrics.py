@@ -155,7 +155,6 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
         remove_new_hooks(hooks)
         reshard_all(model)
         for parameter, required, gradient in parameters:
-            parameter.grad = None
             parameter.requires_grad_(required)
             parameter.grad = gradient
 

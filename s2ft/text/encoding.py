@@ -295,7 +295,8 @@ def encoded_rows(
         raise ValueError(
             f"none of {len(dataset)} rows fits: {long_prompts} with a prompt of {job.max_length} tokens or more, "
             f"{long_rows} with a prompt and an answer that are longer together; raise max_length"
-            + ", or give too_long='cut'" * (job.too_long != "cut")
+            + ", or give too_long='cut'"
+            * (job.too_long != "cut")
         )
     rows = rows.select_columns(list(job.columns))
     return rows.select(kept) if len(kept) < len(rows) else rows, Counter(map(RowOutcome, outcomes))

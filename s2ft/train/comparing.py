@@ -109,7 +109,9 @@ def check(run: Run, options: CompareOptions) -> None:
         check_tuner(method)
         check_packages("s2ft.peft" if TUNERS[method].config else "")
     alone = devices_of(arguments).count == 1 and not arguments.fsdp and not arguments.deepspeed
-    others = folder.is_dir() and {path.name for path in folder.iterdir()} - {"logs", LOCK} and not (folder / RUNS).is_file()
+    others = (
+        folder.is_dir() and {path.name for path in folder.iterdir()} - {"logs", LOCK} and not (folder / RUNS).is_file()
+    )
     refuse(
         *((run.given.get(name), f"{name} is an option of s2ft sft that s2ft compare does not have: leave it out")
           for name in REFUSED),

@@ -240,8 +240,9 @@ def test_experts_and_weights_trained_in_full_are_refused(tmp_path):
             enter(bank, "heads", name)
     enter(bank, "heads")
     model.config.model_type = "xlnet"  # whose layers get the time first
-    with pytest.raises(ValueError, match=r"inputs are not \[sequences, ...\]"):
-        AdapterBank(model, tmp_path)
+    for one in (model, torch.nn.TransformerEncoderLayer(8, 2)):
+        with pytest.raises(ValueError, match=r"inputs are not \[sequences, ...\]"):
+            AdapterBank(one, tmp_path)
 
 
 def test_an_adapter_of_layers_whose_rows_are_images_is_refused(tmp_path):

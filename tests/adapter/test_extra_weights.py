@@ -184,6 +184,14 @@ def test_the_report_lists_them_and_counts_them_once():
     assert report.trainable == planned.trainable == trained
 
 
+def test_a_head_that_was_resized_since_is_named_and_bfloat16_is_told(caplog):
+    model = with_adapter(model_of("llama", torch.bfloat16), S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
+    assert "lm_head.weight is trained in full in torch.bfloat16" in caplog.text
+    model.resize_token_embeddings(model.config.vocab_size + 4)
+    with pytest.raises(ValueError, match="lm_head.weight has another shape .* before resize_token_embeddings"):
+        s2ft.set_adapter(model, None)
+
+
 def test_new_heads_are_named_with_the_option_that_trains_them(tmp_path):
     BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
     model = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)

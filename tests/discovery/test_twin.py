@@ -36,6 +36,8 @@ from transformers import (
     WhisperConfig,
 )
 
+import s2ft
+
 LLAMA_8B = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
 )
@@ -48,6 +50,25 @@ def on_meta(config, kind=AutoModelForCausalLM):
 
 def twin_of(model):
     return next(twins_of(model, []))
+
+
+class Interrupted(nn.Sequential):
+    """A model whose third forward is interrupted, as by Ctrl-C in a notebook."""
+
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        if self.calls == 3:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def test_an_interrupt_of_the_search_leaves_no_float64():
+    model = Interrupted(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    with pytest.raises(KeyboardInterrupt):
+        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), example=torch.randn(2, 16))
+    assert torch.get_default_dtype() == torch.zeros(1, dtype=torch.float32).dtype == torch.float32
 
 
 # ---- configs ----------------------------------------------------------------------------------------------

@@ -266,6 +266,17 @@ def test_a_wrapper_stands_for_the_model_inside(tmp_path):
     s2ft.import_lora(compiled(plain_model("llama-grouped", layers=1)), tmp_path / "lora")
 
 
+@pytest.mark.parametrize("case", ["llama-grouped", "gpt2"])
+def test_a_gradient_of_torch_func(case):
+    model = attached(case)
+    ids = token_batch(model)
+    trained = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
+    loss = lambda slices: torch.func.functional_call(model, slices, (ids,), {"labels": ids}).loss  # noqa: E731
+    found = torch.func.grad(loss)(trained)
+    model(ids, labels=ids).loss.backward()
+    assert_same(found, {name: model.get_parameter(name).grad for name in trained}, 1e-5)
+
+
 def test_layers_that_are_compiled_separately():
     """The wrappers are inside the model and part of module paths."""
     config = everything("llama-grouped")

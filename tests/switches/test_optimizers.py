@@ -35,7 +35,9 @@ def test_only_slices_move(which, layout, dtype):
     """The optimizer has all parameters, also frozen ones, and weight decay. The loss falls, the optimizer's state is no
     larger than the slices, and frozen weights stay the same, bit for bit, before and after detach."""
     base = model_of("llama-grouped", dtype)
-    model = with_adapter(copy.deepcopy(base), everything("llama-grouped", layout=layout))
+    model = copy.deepcopy(base)
+    model(token_batch(model)).logits.float().square().sum().backward()  # gradients with which AdamW would step
+    with_adapter(model, everything("llama-grouped", layout=layout))
     before = frozen(model)
     # Muon takes only matrices
     optimizer = OPTIMIZERS[which]([p for p in model.parameters() if which != "muon" or p.requires_grad])

@@ -92,7 +92,9 @@ def test_a_parameter_outside_of_the_model_is_resumed_too(tmp_path):
 
     def optimizers(model):
         outside = torch.nn.Parameter(torch.ones(3))
-        made = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.requires_grad]}, {"params": [outside]}])
+        made = torch.optim.AdamW(
+            [{"params": [p for p in model.parameters() if p.requires_grad]}, {"params": [outside]}]
+        )
         return made, torch.optim.lr_scheduler.ConstantLR(made)
 
     first, second = attached(), attached()

@@ -6,7 +6,16 @@ import shutil
 
 import pytest
 import torch
-from support.inside import ModelOptions, SFTArguments, check_dtype, export, fit_layout, hollow_model, load_base, quantization_config
+from support.inside import (
+    ModelOptions,
+    SFTArguments,
+    check_dtype,
+    export,
+    fit_layout,
+    hollow_model,
+    load_base,
+    quantization_config,
+)
 from train.tiny import save_tiny, tiny_model
 
 import s2ft

@@ -11,6 +11,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -482,9 +483,7 @@ def _prepared(model: Any, dtype: torch.dtype) -> nn.Module:
             model.set_attn_implementation("eager")  # other kernels need a GPU or half precision
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the grouped matrix product of PyTorch takes no float64
-        mode = _InFloat64()
-        model.register_forward_pre_hook(mode.enter, prepend=True)
-        model.register_forward_hook(mode.leave, always_call=True)
+        model.forward = update_wrapper(partial(_in_float64, model.forward), model.forward)
     return model
 
 
@@ -530,25 +529,24 @@ def _is_trained_buffer(saved: Any) -> bool:
 
 
 class _InFloat64(TorchDispatchMode):
-    """Computes in float64 where a model asks for float32 or less, as norms and rotary embeddings do.
-
-    `enter` and `leave` are hooks of the twin.
-    """
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        self.default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        self.__enter__()
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.__exit__(None, None, None)
-        torch.set_default_dtype(self.default)
+    """Computes in float64 where a model asks for float32 or less, as norms and rotary embeddings do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") in _LOW:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+def _in_float64(forward: Callable, *args: Any, **options: Any) -> Any:
+    """Run a forward in float64. It is no pair of hooks, which PyTorch leaves out after an interrupt."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _InFloat64():
+            return forward(*args, **options)
+    finally:
+        torch.set_default_dtype(default)
 
 
 # ---- structure --------------------------------------------------------------------------------------------

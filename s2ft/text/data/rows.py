@@ -203,8 +203,8 @@ def form_of(rows, options: DataOptions) -> str:
 
     Args:
         rows: Rows as :func:`load_rows` returns them.
-        options: The options of the data, which may name the form. A chat template or a system prompt says "chat", unless
-            all rows are whole texts.
+        options: The options of the data, which may name the form. A chat template or a system prompt says "chat",
+            unless all rows are whole texts.
     """
     if options.form != "auto":
         return options.form
