@@ -308,7 +308,7 @@ class Reference(nn.Module):
         return self(*args, **inputs)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """The weights that a call runs on, with the adapters below: by their hash TRL finds its cache of their results."""
+        """The weights that a call runs on, with the adapters below. By their hash TRL finds its cache of results."""
         state = self._model[0].state_dict(*args, **{**options, "keep_vars": True})
         return {name: value.detach() for name, value in state.items()}
 
