@@ -100,9 +100,11 @@ def check_fields(options: Any) -> None:
         refuse(
             (least is not None and value < least, f"{one.name} must be at least {least}, got {value}"),
             (isinstance(value, int) and value > LARGEST, f"{one.name} must be at most {LARGEST}, got {value}"),
+            (
+                choices and value not in choices,
+                f"{one.name} must be one of {', '.join(map(str, choices or ()))}, got {value!r}",
+            ),
         )
-        if choices and value not in choices:
-            raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def did_you_mean(word: str, names: Iterable[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:
@@ -354,12 +356,16 @@ class S2FTConfig:
     def __post_init__(self) -> None:
         for key in PROJECTIONS:
             self._check_ratio(f"{key}_ratio")
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-        if not isinstance(self.ffn_kernel, bool):
-            raise ValueError(f"ffn_kernel must be True or False, got {self.ffn_kernel!r}")
+        refuse(
+            *(
+                (
+                    getattr(self, name) not in choices,
+                    f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}",
+                )
+                for name, choices in CHOICES.items()
+            ),
+            (not isinstance(self.ffn_kernel, bool), f"ffn_kernel must be True or False, got {self.ffn_kernel!r}"),
+        )
         check_whole("seed", self.seed, 0)
         for name, (what, is_one) in LISTS.items():
             if getattr(self, name) is not None:
@@ -424,9 +430,8 @@ class S2FTConfig:
         """
         import torch
 
-        if self.delta_dtype is not None:
-            return getattr(torch, self.delta_dtype)
-        return torch.promote_types(weight_dtype, torch.float32)
+        own = self.delta_dtype
+        return torch.promote_types(weight_dtype, torch.float32) if own is None else getattr(torch, own)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration for JSON.

@@ -366,8 +366,8 @@ def without_trainable(model: nn.Module) -> Iterator[None]:
             mount.layer.unfuse()
         extra, base = {name: model.get_parameter(name) for name in record.extra.base}, record.extra.base
         spread = {name: one for name, one in extra.items() if is_spread(one) or has_master_copy(one)}
-        stack.callback(_write_extra, spread, full_copies(spread))
-        _write_extra(spread, {name: base[name] for name in spread})
+        stack.callback(write_extra, spread, full_copies(spread))
+        write_extra(spread, {name: base[name] for name in spread})
         known = {  # other parameters take the places of those that are whole
             id(one): nn.Parameter(base[name], requires_grad=False) for name, one in extra.items() if name not in spread
         }
@@ -546,7 +546,7 @@ def take_off_extra(model: nn.Module, record: Attachment) -> None:
     parameters = dict(model.named_parameters())
     holding = {name: parameters[name] for name in extra.base if name not in extra.trained}  # trained values
     extra.trained = {**extra.trained, **full_copies(holding)}
-    _write_extra(parameters, {**extra.overwritten, **extra.base})
+    write_extra(parameters, {**extra.overwritten, **extra.base})
     extra.overwritten = {}
 
 
@@ -563,7 +563,7 @@ def put_on_extra(model: nn.Module, record: Attachment, factors: Mapping[str, flo
     if values or trained:
         parameters = dict(model.named_parameters())
         extra.overwritten = full_copies({name: parameters[name] for name in values})
-        _write_extra(parameters, {**values, **trained})
+        write_extra(parameters, {**values, **trained})
     if record.name in factors:
         extra.trained = {}
 
@@ -578,7 +578,8 @@ def check_can_put_on_extra(model: nn.Module, record: Attachment, factors: Mappin
     check_extra_apart(of_each, "the model can hold one: make one of them active")
 
 
-def _write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give parameters whole values by name. Every rank of a sharded model must call this."""
     for name, value in values.items():
         parameter = parameters[name]
         if full_shape(parameter) != value.shape:
@@ -659,4 +660,4 @@ def set_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]
     if record.extra.trained:  # the adapter is not active
         record.extra.trained = {**record.extra.trained, **{name: value.clone() for name, value in values.items()}}
         return
-    _write_extra(dict(model.named_parameters()), values)
+    write_extra(dict(model.named_parameters()), values)

@@ -216,11 +216,12 @@ def _need_gradient(block: nn.Module, inputs: tuple) -> tuple | None:
 
 def _is_reentrant(block: nn.Module) -> bool:
     """Whether the next forward runs the block in a reentrant checkpoint. Other checkpoints need no hook."""
-    if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
-        return False  # transformers checkpoints no block in these cases
-    if torch.compiler.is_compiling():
-        return False  # a compiled graph has no reentrant checkpoints
-    return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
+    return bool(
+        # transformers checkpoints no block in other cases
+        (block.gradient_checkpointing and block.training and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()  # a compiled graph has no reentrant checkpoints
+        and getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
+    )
 
 
 def _give_gradient(blocks: list[nn.Module], module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:

@@ -301,8 +301,7 @@ def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTCon
     where: dict[str, Any] = {"start": found[0], "end": found[1]} if found and is_slice else {"index": index}
     delta_dtype = config.delta_dtype_for(original.weight.dtype)
     layer = cast("tuple[type[Any], ...]", kind.layers)[dim].from_module(original, **where, delta_dtype=delta_dtype)
-    style = style_of(original)
-    if style is not None:  # transformers' tensor parallelism runs the layer by it
+    if (style := style_of(original)) is not None:  # transformers' tensor parallelism runs the layer by it
         layer.install(style)
     return layer
 

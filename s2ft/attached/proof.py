@@ -432,10 +432,8 @@ def _call_with_first(
     hook: Callable[[int, Tensor], Tensor | None], calls: Iterator[int], module: nn.Module, inputs: Any, output: Any
 ) -> Tensor | None:
     """Forward hook: call a function with the number of the call and the first tensor of the output."""
-    first = next(tensors_in(output), None)
-    if first is None:
-        return None
-    return hook(next(calls), first) if isinstance(output, Tensor) else None
+    first = next(tensors_in(output), None) if isinstance(output, Tensor) else None
+    return None if first is None else hook(next(calls), first)
 
 
 def _examples(model: nn.Module, couplings: list[Coupling]) -> Iterator[Any]:

@@ -365,7 +365,7 @@ class Talk:
                 if not self.chat.undo():
                     raise ValueError("there is nothing to undo")
             case "/reset", _:
-                self.chat.reset()
+                self.chat.messages = []
             case "/save", file:
                 self._save(file)
             case "/help", _:

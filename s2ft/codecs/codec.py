@@ -1,5 +1,6 @@
 """What a codec is: a packed matrix as codes and scales, its values, and the nearest codes to new values."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -61,12 +62,12 @@ class Blocks(NamedTuple):
 
 def is_whole(index: Tensor, block: int) -> bool:
     """Whether columns [n] int64, in ascending order, are whole blocks."""
-    if index.numel() % block:
-        return False
-    return torch.equal(index, (index[::block, None] // block * block + torch.arange(block).to(index)).flatten())
+    return index.numel() % block == 0 and torch.equal(
+        index, (index[::block, None] // block * block + torch.arange(block).to(index)).flatten()
+    )
 
 
-class Codec:
+class Codec(ABC):
     """How a format packs a weight matrix. Each family of formats is a file of this folder.
 
     A packed matrix is what the format's own files hold: a tensor of bytes, or several tensors by name.
@@ -85,20 +86,20 @@ class Codec:
     rounds = True
     levels: Tensor
 
+    @abstractmethod
     def unpack(self, packed: Any) -> Blocks:
         """Unpack a matrix to its codes and scales."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, blocks: Blocks, packed: Any) -> Any:
         """Return a packed matrix with these codes, and with these scales where they belong to a block.
 
         `packed` does not change. A tensor of it that stays is the same object in the result.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def scaled(self, levels: Tensor, scales: Scales) -> Tensor:
         """The values of some levels, as the format's own library computes them."""
-        raise NotImplementedError
 
     def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         """The factor and the summand that make a value from a level, within rounding."""

@@ -240,7 +240,7 @@ def _converted(conversions: list[Any], values: numpy.ndarray, name: str) -> nump
 
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     key, pattern = rename_source_key(name, [one for one in conversions if one not in converters], converters)
-    found = torch.from_numpy(values.copy())  # of a file that is read only
+    found: Any = torch.from_numpy(values.copy())  # of a file that is read only
     for operation in (step for one in converters if pattern in one.source_patterns for step in one.operations):
         found = operation.convert({name: found}, [name], [key])[key]
     return found.numpy()

@@ -157,8 +157,7 @@ def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, 
 def _factors(delta: Delta, shape: Sequence[int]) -> Sides:
     """The factors B and A, with B @ A = the delta [O, I]."""
     values, n = delta.values.detach().cpu(), delta.index.numel()
-    one_hot = torch.zeros(n, shape[delta.dim], dtype=values.dtype)
-    one_hot[torch.arange(n), delta.index.cpu()] = 1
+    one_hot = torch.zeros(n, shape[delta.dim], dtype=values.dtype).scatter_(1, delta.index.cpu()[:, None], 1)
     return (one_hot.t(), values) if delta.dim == 0 else (values, one_hot)
 
 

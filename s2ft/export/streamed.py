@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Changes:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-class BaseSource:
+class BaseSource(ABC):
     """Where the weights of the base are.
 
     Attributes:
@@ -59,9 +60,9 @@ class BaseSource:
     def __contains__(self, name: str) -> bool:
         return True
 
+    @abstractmethod
     def values(self, names: list[str]) -> dict[str, Tensor]:
         """Read weights by name, each into memory of its own."""
-        raise NotImplementedError
 
     def copies(self, group: Group) -> dict[str, StoredTensor] | None:
         """The tensors in files that hold what a group makes, if it only copies; else None."""

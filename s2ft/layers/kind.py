@@ -85,13 +85,11 @@ def split_of(tensor: Tensor) -> Split | None:
     Returns:
         The split; None for a plain tensor, and for one that every rank of the group has in full.
     """
-    if not is_dtensor(tensor):
+    if not is_dtensor(tensor) or tensor.placements[-1].is_replicate():
         return None
     mesh, placement = tensor.device_mesh, tensor.placements[-1]
     if mesh.ndim > 1:
         mesh = mesh[mesh.mesh_dim_names[-1]]
-    if placement.is_replicate():
-        return None
     dim = placement.dim % tensor.dim()
     return Split(mesh, dim, cut_by(placement, torch.arange(tensor.shape[dim], device="cpu"), mesh.size()))
 

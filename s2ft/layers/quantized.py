@@ -1,6 +1,7 @@
 """Linear layers that train a few outputs or inputs beside a quantized weight, which does not change."""
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class S2QuantizedRow(S2QuantizedLinear):
     dim = 1
 
 
-class QuantizedKind(Kind):
+class QuantizedKind(Kind, ABC):
     """What the kinds of quantized linear layers share. `holder` may be the trainable layer around the plain one."""
 
     layers = (S2QuantizedColumn, S2QuantizedRow)
@@ -103,9 +104,9 @@ class QuantizedKind(Kind):
     def matrix(self, holder: Any, expert: int | None = None) -> Tensor:
         return self.dequantized(plain_of(holder)).detach()
 
+    @abstractmethod
     def dequantized(self, module: Any) -> Tensor:
         """A copy of the weight in floating point, [outputs, inputs]."""
-        raise NotImplementedError
 
     def dtype_name(self, module: nn.Module) -> str:
         return f"quantized {type(plain_of(module)).__name__}"

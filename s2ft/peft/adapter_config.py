@@ -244,11 +244,10 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             defaults = {f.name: f.default for f in fields(self) if f.name in (*CHOOSING, "ratio")}
             given = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
             by = {**{name: value for name, value in given.items() if not isinstance(value, dict)}, "seed": self.seed}
-        targets = paths or None if self.target_modules is None or skipped else self.target_modules
         return replace(
             self,
             units=selection.to_dict(),
-            target_modules=targets,
+            target_modules=paths or None if self.target_modules is None or skipped else self.target_modules,
             target_parameters=parameters or None,
             base_fingerprint=fingerprint,
             chosen_by=by,
@@ -301,8 +300,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             {'model.layers.0.mlp.down_proj': '0,1,2,17'}
         """
         values = super().to_dict()
-        for name in ("target_modules", "target_parameters", "exclude_modules"):
-            values[name] = sorted(values[name]) if isinstance(values[name], set) else values[name]
+        values |= {name: sorted(value) for name, value in values.items() if isinstance(value, set)}
         if isinstance(self.units, dict):
             values["units"] = {name: ",".join(map(str, sorted(units))) for name, units in sorted(self.units.items())}
         return values

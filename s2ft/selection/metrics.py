@@ -493,11 +493,16 @@ def root_mean_squares(request: Request, squares: Callable[[Tensor, Projection], 
             for sequence in single_sequences(request.model, batch):
                 loss_of(request.model, sequence).backward()
                 count += 1
-    if not count:
-        raise ValueError("no calibration sequence has a label to predict, so its loss has no gradient")
-    for projection in request.projections:
-        if projection.name not in sums:
-            raise ValueError(f"selection='gradient': the loss has no gradient with respect to {projection.name}")
+    refuse(
+        (not count, "no calibration sequence has a label to predict, so its loss has no gradient"),
+        *(
+            (
+                projection.name not in sums,
+                f"selection='gradient': the loss has no gradient with respect to {projection.name}",
+            )
+            for projection in request.projections
+        ),
+    )
     return {path: (total / count).sqrt().cpu() for path, total in sums.items()}
 
 

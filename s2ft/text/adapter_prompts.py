@@ -229,8 +229,11 @@ def give_prompt(tokenizer, info: Mapping[str, Any], name: str):
     if recorded_format(info) is None or prompter.format.template is None:
         return tokenizer
     tokenizer.chat_template = standalone_template(prompter.format)
-    default = ", with its system prompt as the default" if prompter.format.system else ""
-    logger.info("the chat template is the one that %s was trained with%s", name, default)
+    logger.info(
+        "the chat template is the one that %s was trained with%s",
+        name,
+        ", with its system prompt as the default" if prompter.format.system else "",
+    )
     check_same_prompts(tokenizer, prompter)
     return tokenizer
 

@@ -86,10 +86,6 @@ class Chat:
         self.prompter = prompter
         self._batch.clear()
 
-    def reset(self) -> None:
-        """Forget all messages."""
-        self.messages = []
-
     def undo(self) -> bool:
         """Forget the last message of the user and the answer to it. Returns whether there was one."""
         last = max((place for place, one in enumerate(self.messages) if one["role"] == "user"), default=None)

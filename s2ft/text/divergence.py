@@ -310,10 +310,6 @@ class _Reader:
         self.device = inner.get_input_embeddings().weight.device
         self.device = inner.device if self.device.type == "meta" else self.device
         self._body_forward = inner.base_model.forward
-        self._inputs: dict[str, Any] = {}
-        self._body_output: Any = None
-        self._given: Tensor | None = None  # what the head gets in place of its input
-        self._seen: Tensor | None = None
 
     def hidden(self, batch: _Batch) -> Tensor:
         """Run the body on a batch, and return the output layer's input at the labelled positions, [n, width]."""
@@ -321,7 +317,7 @@ class _Reader:
             "input_ids": batch.input_ids.to(self.device),
             "attention_mask": batch.attention_mask.to(self.device),
         }
-        self._body_output = self._given = None
+        self._body_output = self._given = None  # `_given` is what the head gets in place of its input
         self._run()
         return self._seen.flatten(0, 1)[batch.index.to(self._seen.device)]
 
@@ -441,7 +437,7 @@ class DriftMeter:
         distributions: The base's distributions on the prompts, or None.
 
     Raises:
-        ValueError: Neither kind of rows is given, or rows can't be measured.
+        ValueError: Rows can't be measured.
 
     Example:
         >>> from s2ft.text.divergence import DriftMeter
@@ -453,8 +449,6 @@ class DriftMeter:
     """
 
     def __init__(self, model: Any, *, other: Any = None, prompts: Any = None, batch_size: int = 8) -> None:
-        if other is None and prompts is None:
-            raise ValueError("nothing is measured: give other, prompts, or both")
         self._other, self._batch_size = other, batch_size
         with (base_switch(model) or contextlib.nullcontext)():
             self.base_loss = None if other is None else mean_loss(model, other, batch_size)

@@ -409,9 +409,9 @@ def encode_pairs(
     """
     job = PairEncoder(tokenizer, prompt, max_length, too_long, columns=IDS)
     rows, outcomes = encoded_rows(dataset, job, skip_bad_rows, processes)
-    means = (f"{sum(map(len, rows[name])) / len(rows):,.0f}" for name in IDS)
     summary = "{}: {} tokens of prompt, {} of the chosen answer and {} of the rejected one in the mean".format(
-        f"{len(rows):,} pair{'s' * (len(rows) != 1)}", *means
+        f"{len(rows):,} pair{'s' * (len(rows) != 1)}",
+        *(f"{sum(map(len, rows[name])) / len(rows):,.0f}" for name in IDS),
     )
     return Tokenized(rows, summary, outcomes)
 

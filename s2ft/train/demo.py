@@ -75,8 +75,9 @@ def token_rows(tokenizer, examples: list[Example], prompt: PromptFormat | None =
     from datasets import Dataset
 
     rows = [{"messages": [*one.conversation, {"role": "assistant", "content": one.output}]} for one in examples]
-    prompt = prompt or prompt_format(tokenizer)
-    return tokenize_rows(Dataset.from_list(rows), tokenizer, prompt, max_length=MAX_LENGTH).dataset
+    return tokenize_rows(
+        Dataset.from_list(rows), tokenizer, prompt or prompt_format(tokenizer), max_length=MAX_LENGTH
+    ).dataset
 
 
 def faster_dtype() -> str:

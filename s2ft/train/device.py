@@ -79,8 +79,11 @@ class OutOfMemory(MemoryError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory was too small: Python's, or one of PyTorch's allocators."""
-    is_said = isinstance(error, RuntimeError) and any(words in str(error) for words in MESSAGES)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_said
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in MESSAGES))
+    )
 
 
 def words_of_allocator(error: BaseException) -> str:

@@ -178,12 +178,11 @@ def _drift(meter: Any, lines: list[dict], step: int | None) -> Drift | None:
     """Return the measurement of a step, or else the last one. An earlier process may have logged it."""
     if meter is None:
         return None
-    logged = {line["step"]: line for line in lines if "forgetting" in line or "base_kl" in line}
     measured = {
-        number: Drift(line.get("forgetting"), line.get("other_loss"), line.get("base_kl"))
-        for number, line in logged.items()
-    }
-    measured |= meter.measured
+        line["step"]: Drift(line.get("forgetting"), line.get("other_loss"), line.get("base_kl"))
+        for line in lines
+        if "forgetting" in line or "base_kl" in line
+    } | meter.measured
     return measured.get(step, measured[max(measured)] if measured and step is None else None)
 
 

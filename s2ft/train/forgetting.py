@@ -9,9 +9,10 @@ from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import Tensor
 from transformers import TrainerCallback
 
+from s2ft.attached.active import write_extra
 from s2ft.attached.record import unwrapped
 from s2ft.config import refuse
-from s2ft.distributed import full_tensors, has_master_copy, is_spread, reshard_all, write_units
+from s2ft.distributed import full_tensors, reshard_all
 from s2ft.text.divergence import Drift, DriftMeter, base_switch
 
 logger = logging.getLogger(__name__)
@@ -214,7 +215,8 @@ class ForgettingMeter(TrainerCallback):
             )
         else:
             self.kept_step, values = self._within
-            _restore(model, values)
+            reshard_all(model)
+            write_extra(dict(model.named_parameters()), values)  # called by every rank
             text = f"%s; the values of step {self.kept_step} are kept: {self.measured[self.kept_step]}"
         if state.is_world_process_zero:
             logger.warning(text, why)
@@ -223,16 +225,3 @@ class ForgettingMeter(TrainerCallback):
 def _inner(model: Any) -> Any:
     """Return the model inside the wrappers of devices and of torch.compile."""
     return unwrapped(extract_model_from_parallel(model))
-
-
-@torch.no_grad()
-def _restore(model, values: dict[str, Tensor]) -> None:
-    """Give trained parameters earlier values. Every rank of a sharded model must call this."""
-    reshard_all(model)
-    parameters = dict(model.named_parameters())
-    for name, value in values.items():
-        parameter = parameters[name]
-        if is_spread(parameter) or has_master_copy(parameter):
-            write_units(parameter, torch.arange(len(value), device=parameter.device), value, 0)
-        else:
-            parameter.copy_(value)

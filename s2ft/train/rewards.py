@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from s2ft.config import did_you_mean
+from s2ft.config import did_you_mean, refuse
 from s2ft.text.data.forms import GIVEN
 
 Reward = Callable[..., Any]
@@ -46,8 +46,7 @@ def text_of(completion: str | Sequence[dict]) -> str:
 
 def after_thinking(text: str) -> str | None:
     """Return the text after the last `</think>`, or None if a `<think>` is not closed."""
-    before, closed, after = text.rpartition("</think>")
-    rest = after if closed else text
+    rest = text.rpartition("</think>")[2]
     return None if "<think>" in rest else rest
 
 
@@ -297,10 +296,10 @@ def _of_file(path: Path, wanted: str) -> list[Reward]:
 
 def _named(where: object, module: Any, name: str) -> Reward:
     function = getattr(module, name, None)
-    if function is None:
-        raise ValueError(f"rewards: {where} has no function {name!r}{did_you_mean(name, dir(module))}")
-    if not callable(function):
-        raise ValueError(f"rewards: {name} in {where} is no function but {type(function).__name__}")
+    refuse(
+        (function is None, f"rewards: {where} has no function {name!r}{did_you_mean(name, dir(module))}"),
+        (not callable(function), f"rewards: {name} in {where} is no function but {type(function).__name__}"),
+    )
     if "completions" not in _parameters(function) and not _takes_all(function):
         raise ValueError(f"rewards: {where}:{name} needs a parameter completions, and **_ for what it does not use")
     return function

@@ -220,9 +220,16 @@ def config_of(run: Run) -> S2FTConfig:
     """
     folder = run.options.init_adapter
     used = {"init_adapter": [folder] if folder else [], "on_top": run.options.on_top}
-    for name, path in ((name, Path(one).resolve()) for name, paths in used.items() for one in paths):
-        if run.folder.path.resolve() in (path, *path.parents):
-            raise ValueError(f"{name} {path} is in the output folder: choose another --output")
+    refuse(
+        *(
+            (
+                run.folder.path.resolve() in (path, *path.parents),
+                f"{name} {path} is in the output folder: choose another --output",
+            )
+            for name, paths in used.items()
+            for path in map(Path.resolve, map(Path, paths))
+        )
+    )
     if folder is None:
         check_ratios(run.config, run.given)
         return with_protect_ratio(run.config, bool(run.forgetting.protect))

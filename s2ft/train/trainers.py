@@ -70,8 +70,11 @@ class RunMethods:
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-        decay = {"num_decay_steps": max(1, num_training_steps // 10)}
-        needed = decay if name == "warmup_stable_decay" else SCHEDULES.get(name, {})
+        needed = (
+            {"num_decay_steps": max(1, num_training_steps // 10)}
+            if name == "warmup_stable_decay"
+            else SCHEDULES.get(name, {})
+        )
         warmup = self.args.get_warmup_steps(num_training_steps)
         skipped = 1 if warmup else 0
         schedule = get_scheduler(
@@ -82,8 +85,9 @@ class RunMethods:
             scheduler_specific_kwargs=self.args.lr_scheduler_kwargs or dict(needed),
         )
         if skipped and isinstance(schedule, LambdaLR):
-            later = [lambda step, rate=rate: rate(step + 1) for rate in schedule.lr_lambdas]
-            schedule = LambdaLR(schedule.optimizer, later)
+            schedule = LambdaLR(
+                schedule.optimizer, [lambda step, rate=rate: rate(step + 1) for rate in schedule.lr_lambdas]
+            )
         self.lr_scheduler, self._created_lr_scheduler = schedule, True
         return schedule
 

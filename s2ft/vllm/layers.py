@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from s2ft.config import refuse
 from s2ft.vllm.compatibility import in_place_of, logger, part_of, private, when_imported
 from s2ft.vllm.slice_layer import OPTION, Budget, SliceLayer, is_slices, pieces, with_slices
 
@@ -154,15 +155,18 @@ def admit(manager: Any, lora: Any, name: str) -> None:
             needs[key] = max(count, needs.get(key, 0))
             if count > room:
                 too_large = too_large or f"it has {count} units in {path}, whose budget for an adapter is {room}"
-    for path in left:
-        if not is_elsewhere(manager.model, path):
-            raise ValueError(
+    units = ",".join(f"{key}={count}" for key, count in sorted(needs.items()))
+    refuse(
+        *(
+            (
+                not is_elsewhere(manager.model, path),
                 f"the adapter {name!r} has slices of {path}, which is no linear layer that vLLM serves adapters on: "
-                f"start vLLM without {SWITCH}, or merge the adapter"
+                f"start vLLM without {SWITCH}, or merge the adapter",
             )
-    if too_large:
-        units = ",".join(f"{key}={count}" for key, count in sorted(needs.items()))
-        raise ValueError(f"the adapter {name!r} does not fit: {too_large}. Start vLLM with {OPTION}={units}")
+            for path in left
+        ),
+        (too_large, f"the adapter {name!r} does not fit: {too_large}. Start vLLM with {OPTION}={units}"),
+    )
 
 
 # ---- which layer computes a projection -----------------------------------------------------------------

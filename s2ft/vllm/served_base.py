@@ -421,6 +421,5 @@ def _factors(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) ->
     index = torch.cat([delta.index for delta in deltas])
     if layers.enabled:
         return encode(index, dim), values if dim == 0 else values.t().contiguous()
-    one_hot = torch.zeros(index.numel(), whole[dim], dtype=dtype)
-    one_hot.scatter_(1, index[:, None], 1)
+    one_hot = torch.zeros(index.numel(), whole[dim], dtype=dtype).scatter_(1, index[:, None], 1)
     return (values, one_hot.t().contiguous()) if dim == 0 else (one_hot, values)

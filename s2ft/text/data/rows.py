@@ -228,8 +228,7 @@ def check_bad_rows(problems: Sequence[str], good: int, skip: bool, name: str = "
         ValueError: There are bad rows that must not be left out, or there is no good row.
     """
     bad = len(problems)
-    if not bad and not good:
-        raise ValueError(f"{name} has no rows")
+    refuse((not bad and not good, f"{name} has no rows"))
     if not bad:
         return
     of = f"{bad} of {bad + good} row{'s' * (bad + good != 1)}"

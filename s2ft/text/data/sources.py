@@ -239,10 +239,7 @@ def _problem(error: RecursionError | ValueError) -> str:
 
 
 def _lines(path: Path, file: Iterable[str]) -> Rows:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        yield f"{path}, line {number}", _decoded(line)
+    return ((f"{path}, line {number}", _decoded(line)) for number, line in enumerate(file, 1) if line.strip())
 
 
 def _document(path: Path, text: str) -> list | None:
