@@ -148,9 +148,8 @@ def test_report_and_frozen_rest():
 
 
 def test_layers_restricts_and_keeps_the_other_layers_draws():
-    model, whole = model_of("llama"), model_of("llama")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layers=[1]))
-    s2ft.attach(whole, S2FTConfig(d_ratio=0.1))
+    model = with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1, layers=[1]))
+    whole = with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1))
     path = "model.layers.1.mlp.down_proj"
     assert list(attachment_of(model).mounts) == [path]
     assert torch.equal(attachment_of(model).selection[path], attachment_of(whole).selection[path])
@@ -217,17 +216,9 @@ class Longer(LlamaMLP):
         return super().forward(x) + x
 
 
-def derived(model, monkeypatch):
-    model.model.layers[1].mlp.__class__ = Longer
-
-
 def patched_class(model, monkeypatch):
     plain = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", wraps(plain)(lambda self, x: plain(self, x) + x))
-
-
-def other_activation(model, monkeypatch):
-    model.model.layers[1].mlp.act_fn = nn.Tanh()
 
 
 def own_forward(model, monkeypatch):
@@ -235,16 +226,12 @@ def own_forward(model, monkeypatch):
     mlp.forward = lambda x: type(mlp).forward(mlp, x) + x
 
 
-def own_forward_of_the_activation(model, monkeypatch):
-    model.model.layers[1].mlp.act_fn.forward = torch.tanh
-
-
 CHANGES = {
     "a forward of the block": own_forward,
-    "a forward of the activation": own_forward_of_the_activation,
-    "a derived class": derived,
+    "a forward of the activation": lambda model, _: setattr(model.model.layers[1].mlp.act_fn, "forward", torch.tanh),
+    "a derived class": lambda model, _: setattr(model.model.layers[1].mlp, "__class__", Longer),
     "a function put in the class": patched_class,
-    "another activation": other_activation,
+    "another activation": lambda model, _: setattr(model.model.layers[1].mlp, "act_fn", nn.Tanh()),
     **{
         f"a hook on {name}": lambda model, _, name=name: model.get_submodule(
             f"model.layers.1.mlp.{name}"

@@ -68,9 +68,8 @@ def test_selection_needs_the_memory_of_one_weight(stored, monkeypatch):
         return found
 
     monkeypatch.setattr(StoredTensor, "read", count)
-    config = s2ft.S2FTConfig(**ALL_RATIOS, selection="weight")
     with s2ft.weights_on_disk(hollow, folder):
-        s2ft.attach(hollow, config)
+        s2ft.attach(hollow, s2ft.S2FTConfig(**ALL_RATIOS, selection="weight"))
     largest = max(
         stored.bytes for stored in open_checkpoint(folder).tensors.values()
     )  # float32; it is read to bfloat16

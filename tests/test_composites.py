@@ -48,8 +48,9 @@ def test_layers_after_the_last_that_is_used_are_left_out(name, chosen, end):
     model = composite_of("llava_next")
     model.config.__dict__.pop("vision_feature_layer")
     setattr(model.config, name, chosen)
-    paths = {c.main.path for c in couplings_of(model) if "vision_tower" in c.main.path}
-    used = {path.split(".layers.")[1].split(".")[0] for path in paths}
+    used = {
+        c.main.path.split(".layers.")[1].split(".")[0] for c in couplings_of(model) if "vision_tower" in c.main.path
+    }
     assert used == {str(layer) for layer in range(model.config.vision_config.num_hidden_layers)[:end]}
 
 

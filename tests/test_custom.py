@@ -69,24 +69,22 @@ def couplings():
     found = []
     for i in range(2):
         path = f"blocks.{i}"
-        found.append(
+        found += [
             Coupling(
                 "ffn",
                 i,
                 (Projection("u", f"{path}.up", CHANNELS, 1, 0), Projection("g", f"{path}.other", CHANNELS, 1, 0)),
                 Projection("d", f"{path}.down", CHANNELS, 1, 1),
                 (Vector(f"{path}.shift.value", 1),),
-            )
-        )
-        found.append(
+            ),
             Coupling(
                 "attention",
                 i,
                 tuple(Projection(key, f"{path}.{key}", HEADS, WIDTH, 0) for key in "qkv"),
                 Projection("o", f"{path}.o", HEADS, WIDTH, 1),
                 (Vector(f"{path}.norm.weight", WIDTH), Vector(f"{path}.norm.bias", WIDTH)),
-            )
-        )
+            ),
+        ]
     return found
 
 
@@ -112,10 +110,10 @@ def test_the_life_of_a_users_own_model(kind, layout, tmp_path):
     make, given = (plain_net, couplings()) if kind == "separate" else (Fused, [fused_coupling()])
     config = {**ALL_RATIOS} if kind == "separate" else dict(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
     options = dict(couplings=given, example=example())
-    subject = Subject(
-        lambda: seeded(make).eval(), {**config, "layout": layout}, lambda model: model(example()), options
+    live_natively(
+        Subject(lambda: seeded(make).eval(), {**config, "layout": layout}, lambda model: model(example()), options),
+        tmp_path,
     )
-    live_natively(subject, tmp_path)
 
 
 def test_the_couplings_of_a_loaded_adapter_may_be_given_again():

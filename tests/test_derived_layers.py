@@ -45,8 +45,7 @@ class Flipped(Conv1D):
 
 
 def made(cls, outputs=CHANNELS, inputs=WIDTH, dtype=torch.float32):
-    torch.manual_seed(0)
-    return cls(*((outputs, inputs) if issubclass(cls, Conv1D) else (inputs, outputs))).to(dtype)
+    return seeded(cls, *((outputs, inputs) if issubclass(cls, Conv1D) else (inputs, outputs))).to(dtype)
 
 
 def tensors(found):

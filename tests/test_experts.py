@@ -11,7 +11,7 @@ from support.aliases import alias_of
 from support.inside import experts_forward
 from support.models import ALL_RATIOS, SHAPE, fit, model_of, output_of, randomized, ratios_for, train
 from support.nets import doubled
-from support.states import randomize, with_adapter
+from support.states import randomize, same, with_adapter
 from support.tolerances import relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -128,8 +128,7 @@ def test_ligers_experts_train():
     model = with_adapter(with_experts_of(LigerExperts), S2FTConfig(d_ratio=0.25))
     assert relative_difference(output_of(model), expected) <= 1e-5
     train(model, 1)
-    s2ft.detach(model)
-    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
+    assert same(s2ft.detach(model), plain)
 
 
 class Doubled(MixtralExperts):
@@ -138,7 +137,7 @@ class Doubled(MixtralExperts):
 
 
 class OtherExperts(nn.Module):
-    pass
+    """Of no library."""
 
 
 def foreign(kind):
@@ -175,8 +174,7 @@ def test_experts_that_would_compute_something_else_are_refused(kind, words, ffn_
 
 @pytest.mark.parametrize("hook", (True, False))
 def test_a_hook_on_the_activation_of_experts_or_another_one_runs(hook):
-    model, plain = model_of("mixtral"), model_of("mixtral")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.2))
+    model, plain = with_adapter(model_of("mixtral"), S2FTConfig(d_ratio=0.2)), model_of("mixtral")
     for experts in (one.model.layers[0].mlp.experts for one in (model, plain)):
         if hook:
             experts.act_fn.register_forward_hook(doubled)

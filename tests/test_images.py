@@ -42,10 +42,6 @@ def losses_of(trainer):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-def changed(before, after):
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
 # ---- training ----------------------------------------------------------------------------------------------
 
 
@@ -71,7 +67,8 @@ def test_a_model_with_images_is_trained_merged_and_reloaded(name, train, tmp_pat
     s2ft.save_adapter(model, tmp_path / "adapter")
     merged = s2ft.merge(model)
     language = {f"{p.path}.weight" for p in projections_of(couplings_of(base)) if "language_model" in p.path}
-    assert changed(base.state_dict(), merged.state_dict()) == language  # every slice, and nothing else
+    before, after = base.state_dict(), merged.state_dict()  # every slice has changed, and nothing else
+    assert {name for name in before if not torch.equal(before[name], after[name])} == language
 
     assert same(s2ft.merge(with_loaded(copy.deepcopy(base), tmp_path / "adapter")), merged)
 

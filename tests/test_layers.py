@@ -25,10 +25,6 @@ def units(request):
     return UNITS[request.param]
 
 
-def elements(units):
-    return units["index"] if "index" in units else torch.arange(units["start"], units["end"])
-
-
 @torch.no_grad()
 def layer_of(kind, units, dtype=torch.float32, **more):
     layer = kind(11, 9, dtype=dtype, **units, **more)
@@ -39,7 +35,7 @@ def layer_of(kind, units, dtype=torch.float32, **more):
 def effective(layer, units):
     """base + s2 in the selected units."""
     weight = layer.base_weight().detach().clone()
-    index = elements(units)
+    index = units["index"] if "index" in units else torch.arange(units["start"], units["end"])
     return weight.index_copy(
         layer.dim, index, (weight.index_select(layer.dim, index) + layer.s2.detach()).to(weight.dtype)
     )
@@ -159,8 +155,7 @@ def test_changing_the_dtype_while_fused(kind, units):
     layer = layer_of(kind, units).eval()
     base = layer.weight.clone()
     layer.fuse()
-    layer.to(torch.bfloat16)
-    layer.unfuse()
+    layer.to(torch.bfloat16).unfuse()
     assert torch.equal(layer.weight, base.to(torch.bfloat16))
 
 

@@ -251,8 +251,7 @@ def test_layers_whose_class_has_a_forward_of_its_own(layout, tmp_path):
 def test_layers_that_share_no_units(side, layout, tmp_path):
     options = dict(couplings=one_sided.couplings(side), example=one_sided.batch())
     config = dict(l_ratio=0.25, u_ratio=0.1, d_ratio=0.2, layout=layout)
-    subject = Subject(one_sided.net, config, lambda model: model(**one_sided.batch())["logits"], options)
-    live_natively(subject, tmp_path)
+    live_natively(Subject(one_sided.net, config, lambda model: model(**one_sided.batch())["logits"], options), tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -268,10 +267,10 @@ def test_units_by_hand(layout, tmp_path):
 @pytest.mark.parametrize("layout, dtype", list(zip(LAYOUTS, DTYPES)), ids=str)
 def test_a_head_that_is_trained_in_full(layout, dtype, tmp_path):
     config = dict(d_ratio=0.1, modules_to_save=["classifier"], layout=layout)
-    subject = Subject(
-        lambda: classifiers.classifier().to(dtype).eval(), config, lambda model: model(classifiers.IDS).logits
+    live_natively(
+        Subject(lambda: classifiers.classifier().to(dtype).eval(), config, lambda model: model(classifiers.IDS).logits),
+        tmp_path,
     )
-    live_natively(subject, tmp_path)
 
 
 QUANTIZED = dict(
@@ -301,8 +300,7 @@ def frozen(make):
 def test_every_family_in_peft(case, dtype, tmp_path):
     if case == "t5" and dtype is torch.float16:
         pytest.skip("T5 of transformers keeps some weights in float32 there")
-    make = partial(frozen(model_of), case, dtype)
-    live(Subject(make, ratios_for(case, ALL_RATIOS), is_exact=True), Peft(), tmp_path)
+    live(Subject(partial(frozen(model_of), case, dtype), ratios_for(case, ALL_RATIOS), is_exact=True), Peft(), tmp_path)
 
 
 @pytest.mark.parametrize("case", ("mixtral", "qwen3-moe"))

@@ -10,6 +10,7 @@ import shlex
 
 import pytest
 import torch
+from support.states import with_adapter
 from torch import nn
 from train.tiny import save_random_adapter, save_tiny, sums, tiny_model, write_jsonl
 
@@ -71,10 +72,6 @@ def attach(**options):
     return lambda world: s2ft.attach(world.model, S2FTConfig(**options), **arguments)
 
 
-def attach_units(paths):
-    return lambda world: s2ft.attach(world.model, S2FTConfig(units=paths))
-
-
 def twice(world):
     s2ft.attach(world.model, S2FTConfig(d_ratio=0.1))
     try:
@@ -118,12 +115,6 @@ def in_inference_mode(world):
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
 
 
-def merge_without_weights(world):
-    model = tiny_model().to("meta")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
-    s2ft.merge(model)
-
-
 def plain_net():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
@@ -143,7 +134,11 @@ ATTACHING = [
     (attach(d_ratio=0.1, layers=[9]), ValueError, "9"),
     (attach(d_ratio=0.1, verify="yes"), TypeError, "verify 'yes'"),
     (attach(d_ratio=0.1, verify=0), TypeError, "verify 0"),
-    (merge_without_weights, ValueError, "meta device prepare"),
+    (
+        lambda world: s2ft.merge(with_adapter(tiny_model().to("meta"), S2FTConfig(d_ratio=0.1))),
+        ValueError,
+        "meta device prepare",
+    ),
     (attach(d_ratio=0.1, on_top="yes"), TypeError, "on_top 'yes'"),
     (attach(d_ratio=0.1, name="a/b"), ValueError, "name a/b"),
     (attach(d_ratio=0.1, name=""), ValueError, "name"),
@@ -156,11 +151,11 @@ ATTACHING = [
     (attach(d_ratio=0.1, towers=["vision"]), ValueError, "towers vision"),
     (attach(l_ratio=0.1, layers=[0]), ValueError, "l_ratio"),
     (attach(d_ratio=0.1, budget=1), ValueError, "budget 1"),
-    (attach_units({DOWN: [64]}), ValueError, "units 64"),
-    (attach_units({DOWN: [1, 1]}), ValueError, "units twice"),
-    (attach_units({DOWN: ["1"]}), ValueError, "units"),
-    (attach_units({"model.layers.9.mlp.down_proj": [1]}), ValueError, "model.layers.9"),
-    (attach_units("nowhere.json"), (FileNotFoundError, ValueError), "nowhere.json"),
+    (attach(units={DOWN: [64]}), ValueError, "units 64"),
+    (attach(units={DOWN: [1, 1]}), ValueError, "units twice"),
+    (attach(units={DOWN: ["1"]}), ValueError, "units"),
+    (attach(units={"model.layers.9.mlp.down_proj": [1]}), ValueError, "model.layers.9"),
+    (attach(units="nowhere.json"), (FileNotFoundError, ValueError), "nowhere.json"),
     (twice, ValueError, "default freeze_adapter detach"),
     (with_two(lambda world: s2ft.attach(world.model, S2FTConfig(i_ratio=0.2))), ValueError, "i_ratio other"),
     (with_two(lambda world: s2ft.plan(world.model, S2FTConfig(d_ratio=0.1))), ValueError, "adapter"),
@@ -275,9 +270,8 @@ def command(text, **files):
             path = world.root / (name + (".py" if content.startswith("def ") else ".jsonl"))
             path.write_text(content)
             paths[name] = path
-        arguments = [word.format(**paths) for word in shlex.split(text)]
         try:
-            status = main(arguments)
+            status = main([word.format(**paths) for word in shlex.split(text)])
         except SystemExit as leave:
             status = leave.code
         assert status == 2, f"exit status {status}"

@@ -52,19 +52,13 @@ def batch():
     return {"x": torch.randn(3, 5, 12, generator=generator), "labels": torch.randn(3, 5, 12, generator=generator)}
 
 
-def train(model, steps=2):
-    fit(model, steps, loss_of=lambda model: model(**batch())["loss"])
-    assert all(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def attached(layout="permuted", side="inputs", selection="random", unit=1, **options):
     model = net()
     config = S2FTConfig(
         **{"l_ratio": 0.25, "u_ratio": 0.1, "d_ratio": 0.2, **options}, layout=layout, selection=selection
     )
     calibration = [batch()] if selection in ("activation", "product", "gradient") else None
-    report = s2ft.attach(model, config, calibration=calibration, couplings=couplings(side, unit), example=batch())
-    return model, report
+    return model, s2ft.attach(model, config, calibration=calibration, couplings=couplings(side, unit), example=batch())
 
 
 @pytest.mark.parametrize(
@@ -75,7 +69,8 @@ def test_the_chosen_units_are_trained_in_place(selection, side, layout):
     assert report.couplings == {"movable": 1, "one-sided": 2}
     assert not [move for move in attachment_of(model).moves if move.coupling.is_one_sided]
     assert not model.first.bias.requires_grad and not model.first.weight.requires_grad
-    train(model)
+    fit(model, 2, loss_of=lambda model: model(**batch())["loss"])
+    assert all(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
     changed = (s2ft.merge(model).first.weight != base.first.weight).any(0 if side == "inputs" else 1)
     assert int(changed.sum()) == report.rows[0].parameters // base.first.weight.shape[side == "outputs"]
 
@@ -169,8 +164,7 @@ REFUSED = [  # what is done with a spoilt or fitting file, or a config; and key 
 
 @pytest.mark.parametrize(("change", "words"), REFUSED)
 def test_what_is_refused(change, words, tmp_path):
-    model, _ = attached()
-    s2ft.save_adapter(model, tmp_path)
+    s2ft.save_adapter(attached()[0], tmp_path)
     header = json.loads((tmp_path / CONFIG).read_text())
     with pytest.raises(ValueError, match=words):
         change(header)

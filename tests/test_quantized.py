@@ -229,8 +229,7 @@ def test_selections(kind, selection):
 
 @kinds
 def test_a_state_is_loaded(kind):
-    model, fresh = trained(quantized(kind)), quantized(kind)
-    s2ft.attach(fresh, INDEXED)
+    model, fresh = trained(quantized(kind)), with_adapter(quantized(kind), INDEXED)
     state = saved_and_loaded(model.state_dict())
     if "4bit" in type(fresh.model.layers[0].mlp.down_proj.linear).__name__:  # it can save scales but not load them
         state = {key: value for key, value in state.items() if ".linear.weight." not in key}
@@ -311,8 +310,7 @@ def test_trainer_saves_and_resumes(kind, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-2"
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     assert 0 < size < 3 * 4 * s2ft.get_adapter(half, "default").parameters  # it does not contain the base
-    run = trainer(rest, tmp_path, **saving, gradient_checkpointing_kwargs=dict(use_reentrant=True))
-    run.train(resume_from_checkpoint=str(checkpoint))
+    trainer(rest, tmp_path, **saving, gradient_checkpointing_kwargs=dict(use_reentrant=True)).train(str(checkpoint))
     theirs = deltas_of(rest)
     assert all(torch.equal(value, theirs[name]) for name, value in deltas_of(whole).items())
     assert not all(torch.equal(value, theirs[name]) for name, value in deltas_of(half).items())

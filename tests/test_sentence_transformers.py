@@ -30,7 +30,7 @@ CONFIG = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
 
 
 class Trainer(AdapterCheckpoints, SentenceTransformerTrainer):
-    pass
+    """Its checkpoints hold the adapter only."""
 
 
 @pytest.fixture(scope="module")

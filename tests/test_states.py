@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.models import ALL_RATIOS, LAYOUTS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
-from support.states import same, with_adapter, with_loaded
+from support.states import same, saved_adapter, with_adapter, with_loaded
 from torch.nn.utils import prune, weight_norm
 
 import s2ft
@@ -40,8 +40,7 @@ def test_the_bases_own_state_changes_nothing(case, layout):
 
 
 def test_a_cast_of_each_parameters_data_keeps_the_base():
-    model = with_adapter(model_of("llama-grouped", torch.bfloat16), S2FTConfig(**ALL_RATIOS))
-    fit(model)
+    model = fit(with_adapter(model_of("llama-grouped", torch.bfloat16), S2FTConfig(**ALL_RATIOS)))
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     output_of(model)
@@ -73,9 +72,8 @@ def test_another_base_is_refused_and_nothing_changes(layout):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_a_cast_also_casts_the_saved_base_values(dtype, tmp_path):
-    s2ft.save_adapter(trained("llama-grouped"), tmp_path)
-    model, plain = model_of("llama-grouped"), model_of("llama-grouped")
-    s2ft.load_adapter(model, tmp_path)
+    model = with_loaded(model_of("llama-grouped"), saved_adapter(trained("llama-grouped"), tmp_path))
+    plain = model_of("llama-grouped")
     for cast in (dtype, torch.float32):  # there and back: rounded like the rest of the model
         model.to(cast), plain.to(cast)
         assert same(s2ft.detach(copy.deepcopy(model)).state_dict(), plain.state_dict())

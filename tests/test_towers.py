@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from support.inside import tower_of, towers_of, trained_towers
+from support.nets import seeded
 from support.states import with_loaded
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -109,9 +110,8 @@ def test_the_towers_of_a_type(model_type):
 def llava():
     text = LlamaConfig(**SIZES, vocab_size=40, num_key_value_heads=2)
     vision = CLIPVisionConfig(**SIZES, image_size=8, patch_size=4)
-    torch.manual_seed(0)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=39, vision_feature_layer=-1)
-    return LlavaForConditionalGeneration(config)
+    return seeded(LlavaForConditionalGeneration, config)
 
 
 def couplings():
@@ -120,8 +120,7 @@ def couplings():
     for i in range(2):
         mlp = {key: f"{language}.{i}.mlp.{key}_proj" for key in ("up", "gate", "down")}
         found.append(Coupling.gated_ffn(i, **mlp, channels=24))
-        mlp = {"up": f"{vision}.{i}.mlp.fc1", "down": f"{vision}.{i}.mlp.fc2"}
-        found.append(Coupling.ffn(2 + i, **mlp, channels=24))
+        found.append(Coupling.ffn(2 + i, up=f"{vision}.{i}.mlp.fc1", down=f"{vision}.{i}.mlp.fc2", channels=24))
     projector = {"up": "model.multi_modal_projector.linear_1", "down": "model.multi_modal_projector.linear_2"}
     return [*found, Coupling.ffn(4, **projector, channels=16)]
 

@@ -10,11 +10,9 @@ import s2ft
 
 def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
     config = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.25, selection="weight", layout="permuted")
-    planned = s2ft.plan(model, config)
-    share: float = planned.share
+    share: float = s2ft.plan(model, config).share
     selection: s2ft.Selection = s2ft.select(model, config)
-    report = s2ft.attach(model, s2ft.S2FTConfig(units=selection.to_dict()), name="math")
-    trained: int = report.trainable
+    trained: int = s2ft.attach(model, s2ft.S2FTConfig(units=selection.to_dict()), name="math").trainable
     s2ft.print_trainable_parameters(model)
     s2ft.save_adapter(model, folder)
     s2ft.detach(model)
@@ -32,8 +30,7 @@ def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
     s2ft.freeze_adapter(model)
     s2ft.delete_adapter(model, "math")
     s2ft.save_merged(model, folder / "merged", base="org/base", max_shard_size="2GB")
-    merged: nn.Module = s2ft.merge(model)
-    return merged
+    return s2ft.merge(model)
 
 
 def on_the_meta_device(model: nn.Module, folder: Path) -> s2ft.Selection:

@@ -80,11 +80,6 @@ def on_top(**options):
     return lambda model, saved, new: s2ft.attach(model, S2FTConfig(**options), name="c", on_top=True)
 
 
-def taken(model, saved, new):
-    unit = int(s2ft.get_adapter(model, "b").selection[DOWN][0])
-    s2ft.attach(model, S2FTConfig(units={DOWN: [unit]}), name="c", on_top=True)
-
-
 def writes(change):
     """Write the adapter of the model after a change of it."""
 
@@ -148,7 +143,13 @@ REFUSED = {
     ),
     "a device of a trainable one": (llama, load(trainable=True, device="cpu"), "device"),
     "no units": (loaded, lambda model, *_: s2ft.attach(model, S2FTConfig(o_ratio=0.01), name="new"), "o_ratio"),
-    "units by hand of an active one": (stacked, taken, "'b'"),
+    "units by hand of an active one": (
+        stacked,
+        lambda model, *rest: on_top(units={DOWN: s2ft.get_adapter(model, "b").selection[DOWN][:1].tolist()})(
+            model, *rest
+        ),
+        "'b'",
+    ),
     "too few units beside active ones": (stacked, on_top(d_ratio=0.9), "exclude"),
     "a head of an active one": (
         lambda: stacked(modules_to_save=["lm_head"]),

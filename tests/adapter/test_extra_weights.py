@@ -110,8 +110,9 @@ def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
     trainer(first, tmp_path / "cut", kind=kind, max_steps=2, **OPTIONS).train()
     assert set(HEAD) <= json.loads((tmp_path / "cut/checkpoint-2" / INDEX).read_text())["weight_map"].keys()
     look = Look()
-    resumed = trainer(second, tmp_path / "cut", kind=kind, callbacks=[look], max_steps=4, **OPTIONS)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+    trainer(second, tmp_path / "cut", kind=kind, callbacks=[look], max_steps=4, **OPTIONS).train(
+        resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2")
+    )
     assert look.step == 2 and same(look.head, head_of(first)) and same(second, whole)
     assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
     assert same(s2ft.detach(second), BASE)
@@ -162,8 +163,7 @@ def test_a_tied_head_is_trained_under_the_embeddings_name(tmp_path):
 @pytest.mark.parametrize("path", ("output.dense.weight", "output.dense.bias", "attention.self.query.weight"))
 def test_an_unfrozen_weight_of_a_coupling_is_an_error_at_the_next_training_forward(path):
     model = attached("frozen")
-    parameter = model.get_parameter(f"bert.encoder.layer.0.{path}")
-    parameter.requires_grad_(True)
+    parameter = model.get_parameter(f"bert.encoder.layer.0.{path}").requires_grad_(True)
     with torch.no_grad():
         model(input_ids=IDS)
     with pytest.raises(RuntimeError, match=f"{path} requires a gradient.*train more units"):
@@ -180,8 +180,7 @@ def test_the_report_lists_them_and_counts_them_once():
     config = S2FTConfig(d_ratio=0.1, modules_to_save=["classifier"])
     planned, report = s2ft.plan(model, config), s2ft.attach(model, config)
     assert planned.extra_weights == report.extra_weights == {"classifier.weight": 96, "classifier.bias": 3}
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert report.trainable == planned.trainable == trained
+    assert report.trainable == planned.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_a_head_that_was_resized_since_is_named_and_bfloat16_is_told(caplog):

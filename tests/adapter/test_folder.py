@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from state.models import make_adapter
 from support.inside import (
     PENDING,
     AdapterFolderCONFIG as CONFIG,
@@ -11,21 +12,17 @@ from support.inside import (
     native,
     stamp_of,
 )
-from support.models import fit, model_of
-from support.states import assert_same_adapters, with_adapter
+from support.models import model_of
+from support.states import assert_same_adapters
 
 import s2ft
 from s2ft import S2FTConfig, Selection
 
 
-def adapter(seed):
-    model = fit(with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1, seed=seed), name=f"seed-{seed}"), 1)
-    return s2ft.get_adapter(model, f"seed-{seed}")
-
-
 @pytest.fixture(scope="module")
 def adapters():
-    return adapter(0), adapter(1)
+    configs = (S2FTConfig(d_ratio=0.1, seed=seed) for seed in (0, 1))
+    return [make_adapter(model_of("llama"), config, f"seed-{config.seed}", config.seed) for config in configs]
 
 
 def is_either(found, adapters):

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from support.hub import fake_hub, uploaded
 from support.inside import add_info, hub, lora, native
 from support.models import LAYOUTS, WHOLE_KEYS, fit, model_of, output_of, ratios_for
+from support.nets import seeded
 from support.pairs import in_turn
-from support.states import assert_same_adapters, randomize, same, with_adapter
+from support.states import assert_same_adapters, randomize, same, with_adapter, with_loaded
 from support.tolerances import relative_difference
 from torch import nn
 
@@ -66,8 +67,7 @@ golden = SimpleNamespace(**runpy.run_path(str(GOLDEN / "make.py")))
 @pytest.mark.parametrize("trainable", (False, True), ids=("applied", "trainable"))
 @pytest.mark.parametrize("name", golden.MODELS)
 def test_golden_adapters_load_and_are_saved_again(name, trainable, tmp_path):
-    model, adapter = golden.MODELS[name](), read_adapter(GOLDEN / name)
-    s2ft.load_adapter(model, GOLDEN / name, trainable=trainable)
+    model, adapter = with_loaded(golden.MODELS[name](), GOLDEN / name, trainable=trainable), read_adapter(GOLDEN / name)
     assert s2ft.status(model).adapters == ["golden"]
     assert golden.digests(s2ft.merge(model)) == json.loads((GOLDEN / name / "merged.json").read_text())
     native.write(adapter, tmp_path)
@@ -172,15 +172,15 @@ def test_a_custom_module(tmp_path):
     """A module outside the couplings has a name with the same ending as one inside."""
 
     def net():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6)))
+        return seeded(
+            lambda: nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6)))
+        )
 
     mlp, x = [s2ft.Coupling.ffn(0, up="1.0", down="1.2", channels=20)], torch.randn(3, 6)
-    model, other = net(), net()
-    s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=x)
-    export_lora(randomize(model), tmp_path)
+    model = randomize(with_adapter(net(), S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=x))
+    export_lora(model, tmp_path)
     assert relative_difference(with_peft(net(), tmp_path)(x), model(x)) < 1e-5
-    import_lora(other, tmp_path, couplings=mlp)
+    import_lora(other := net(), tmp_path, couplings=mlp)
     assert_same_adapters(get_adapter(other, "default"), get_adapter(model, "default"))
 
 

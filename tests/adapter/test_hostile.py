@@ -27,8 +27,9 @@ NORM, KEY = "model.norm.weight", "extra_weights/model.norm.weight"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     config = S2FTConfig(q_ratio=0.5, d_ratio=0.1, modules_to_save=["model.norm"])
-    model = fit(with_adapter(model_of("llama"), config, name="victim"), 1)
-    return saved_adapter(model, tmp_path_factory.mktemp("saved"))
+    return saved_adapter(
+        fit(with_adapter(model_of("llama"), config, name="victim"), 1), tmp_path_factory.mktemp("saved")
+    )
 
 
 def rewrite(config=lambda config: None, tensors=lambda tensors: None):
@@ -381,11 +382,6 @@ HOSTILE = {
 }
 
 
-def copied(folder, to):
-    shutil.copytree(folder, to)
-    return to
-
-
 @pytest.fixture(scope="module")
 def victim():
     """A model that must not change, and its weights."""
@@ -398,7 +394,7 @@ def victim():
 )
 def test_hostile_folders_are_refused_before_a_weight_changes(hostile, trainable, saved, victim, tmp_path):
     spoil, message = HOSTILE[hostile]
-    folder = copied(saved, tmp_path / "folder")
+    folder = shutil.copytree(saved, tmp_path / "folder")
     spoil(folder)
     model, before = victim
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -409,14 +405,13 @@ def test_hostile_folders_are_refused_before_a_weight_changes(hostile, trainable,
 
 
 def test_the_unchanged_folder_loads(saved, tmp_path):
-    rewrite()(copied(saved, tmp_path / "folder"))
+    rewrite()(shutil.copytree(saved, tmp_path / "folder"))
     s2ft.load_adapter(model_of("llama"), tmp_path / "folder")
 
 
 def test_units_that_reach_into_another_projection_are_refused(tmp_path):
     """q, k and v of Phi-3 are rows of one weight: the key heads follow the last query head."""
-    model = fit(with_adapter(model_of("phi3"), S2FTConfig(q_ratio=0.3)), 1)
-    s2ft.save_adapter(model, tmp_path)
+    s2ft.save_adapter(fit(with_adapter(model_of("phi3"), S2FTConfig(q_ratio=0.3)), 1), tmp_path)
     path = "model.layers.0.self_attn.qkv_proj.q"
     head = len(load_file(tmp_path / TENSORS)[f"{path}.index"])
     rewrite(
@@ -430,7 +425,7 @@ def test_units_that_reach_into_another_projection_are_refused(tmp_path):
 
 
 def test_links_inside_the_folder_and_in_a_hub_cache_are_read(saved, tmp_path):
-    inside = copied(saved, tmp_path / "inside")
+    inside = shutil.copytree(saved, tmp_path / "inside")
     (inside / TENSORS).rename(inside / "blob")
     (inside / TENSORS).symlink_to("blob")
     cache = tmp_path / "models--org--name"
@@ -467,7 +462,7 @@ def everything(adapter):
     flips=st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 255)), min_size=1, max_size=3),
 )
 def test_flipped_bytes_are_an_error_or_change_nothing(saved, tmp_path_factory, name, flips):
-    folder = copied(saved, tmp_path_factory.mktemp("flipped") / "folder")
+    folder = shutil.copytree(saved, tmp_path_factory.mktemp("flipped") / "folder")
     content = bytearray((folder / name).read_bytes())
     for place, bits in flips:
         content[place % len(content)] ^= bits
@@ -492,7 +487,7 @@ JSON = st.recursive(
 @given(value=JSON, data=st.data())
 def test_any_value_anywhere_in_the_config_is_an_error_or_harmless(saved, victim, tmp_path_factory, value, data):
     """The digests fit the change: only ValueError is raised, and then no weight of the model changes."""
-    folder = copied(saved, tmp_path_factory.mktemp("value") / "folder")
+    folder = shutil.copytree(saved, tmp_path_factory.mktemp("value") / "folder")
 
     def replace_somewhere(content):
         place = content

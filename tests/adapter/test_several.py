@@ -42,8 +42,9 @@ def test_combined_adapters_are_the_sum(tmp_path):
     assert torch.allclose(output_of(model), expected, atol=1e-5)
     s2ft.save_adapter(model, tmp_path, "sum")
     for trainable in (False, True):  # alone, and as a trainable adapter
-        other = with_loaded(model_of(CASE), tmp_path, trainable=trainable)
-        assert torch.allclose(output_of(other), expected, atol=1e-5)
+        assert torch.allclose(
+            output_of(with_loaded(model_of(CASE), tmp_path, trainable=trainable)), expected, atol=1e-5
+        )
     assert s2ft.read_adapter(tmp_path).info["sum_of"] == [["a", 0.7], ["b", 0.3]]
 
 

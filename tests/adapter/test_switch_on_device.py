@@ -83,8 +83,7 @@ def test_adapters_follow_the_model():
     model = loaded()
     with on_gpu(model):
         s2ft.set_adapter(model, "a")
-        values = [delta.values for delta in s2ft.get_adapter(model, "a").deltas.values()]
-        assert {value.device for value in values} == {GPU}
+        assert {delta.values.device for delta in s2ft.get_adapter(model, "a").deltas.values()} == {GPU}
         assert {delta.index.device.type for delta in s2ft.get_adapter(model, "a").deltas.values()} == {"cpu"}
 
 

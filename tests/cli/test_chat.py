@@ -21,8 +21,9 @@ def work(work):
     save_tiny(work / "model", **UNTIED)
     for seed, (name, template) in enumerate({"math": CHAT, "talk": OTHER}.items()):
         info, folder = {"prompt": {"form": "chat", "template": template, "system": f"Be {name}."}}, work / "runs" / name
-        ratios = dict(d_ratio=0.2, o_ratio=0.5, seed=seed)
-        save_random_adapter(folder / "adapter", tiny_model(**UNTIED), 0.3, info=info, **ratios)
+        save_random_adapter(
+            folder / "adapter", tiny_model(**UNTIED), 0.3, info=info, d_ratio=0.2, o_ratio=0.5, seed=seed
+        )
         (folder / "config.yaml").touch()
     return work
 

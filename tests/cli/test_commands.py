@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.inside import load_model
-from support.states import same
+from support.states import same, with_loaded
 from train.tiny import save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,9 +64,8 @@ def test_a_second_run_needs_overwrite_or_resume(work, tmp_path, monkeypatch):
 
 
 def test_eval_with_an_adapter_generates_the_text_of_the_merged_model(work, merged, tmp_path, capsys):
-    adapter = {"a": f" --adapter {work}/out/adapter", "b": ""}
-    for name, model in (("a", work / "model"), ("b", merged)):
-        command(EVAL + adapter[name], model=model, work=work, out=tmp_path / f"{name}.json")
+    for name, model, adapter in (("a", work / "model", f" --adapter {work}/out/adapter"), ("b", merged, "")):
+        command(EVAL + adapter, model=model, work=work, out=tmp_path / f"{name}.json")
         assert "of 4" in capsys.readouterr().out
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b"))
     assert first["records"] == second["records"] and first["of"] == 4
@@ -99,8 +98,7 @@ def test_the_merged_checkpoint_is_one_of_transformers(work, merged):
     assert not any("s2ft" in path.read_text().lower() for path in merged.glob("*.json"))
     loaded = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
     ids = AutoTokenizer.from_pretrained(merged)("some text 12+3=", return_tensors="pt")["input_ids"]
-    trained, _ = load_model(str(work / "model"))
-    s2ft.load_adapter(trained, work / "out/adapter", trainable=True)
+    trained = with_loaded(load_model(str(work / "model"))[0], work / "out/adapter", trainable=True)
     difference, logits = loaded(ids).logits - trained(ids).logits, trained(ids).logits
     assert difference.abs().max() <= 1e-5 * logits.abs().max()
     assert type(loaded) is type(trained) and same(loaded.state_dict(), s2ft.merge(trained))

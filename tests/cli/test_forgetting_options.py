@@ -6,7 +6,7 @@ import pytest
 from support.commands import files_of, s2ft_command
 from support.inside import read_log
 from text.test_divergence import direct, direct_kl
-from train.tiny import sums, tiny_model, tiny_tokenizer, write_jsonl
+from train.tiny import sums, tiny_model, tiny_tokenizer, user, write_jsonl
 
 import s2ft
 
@@ -60,8 +60,10 @@ def test_eval_measures_the_adapter_against_its_base_on_text_prompts_and_answers(
     assert found["of"] == 12 == len(found["records"]) and "KL from the base" in printed
     tokenizer, models = tiny_tokenizer(), (tiny_model(), tiny_model())
     s2ft.load_adapter(models[1], measured / "adapter")
-    chats = [[{"role": "user", "content": row["instruction"]}] for row in sums(12)]
-    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    prompts = [
+        tokenizer.apply_chat_template([user(row["instruction"])], add_generation_prompt=True, return_dict=False)
+        for row in sums(12)
+    ]
     rows = [{"input_ids": [*ids, 0], "labels": [-100, *ids[1:], 0]} for ids in prompts]
     kl = direct_kl(*(direct(model, rows)[0] for model in models))
     assert found["drift"]["base_kl"] == pytest.approx(kl, rel=1e-3, abs=2e-6) and found["drift"]["kl_on"] == "prompts"

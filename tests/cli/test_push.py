@@ -4,7 +4,7 @@ import pytest
 import yaml
 from support.commands import files_of
 from support.hub import fake_hub, uploaded
-from support.states import with_adapter
+from train.tiny import save_random_adapter
 
 from s2ft.cli.main import main
 
@@ -60,12 +60,10 @@ def test_the_card_names_what_is_on_the_hub(tmp_path):
     from support.inside import card_of
     from train.tiny import tiny_model
 
-    import s2ft
     from s2ft import read_adapter
 
-    model = with_adapter(tiny_model(), s2ft.S2FTConfig(d_ratio=0.1))
     info = {"base_model": "org/base", "training": {"method": "dpo", "data": ["org/chats"], "epochs": 2, "rows": 1000}}
-    s2ft.save_adapter(model, tmp_path / "saved", info=info)
+    save_random_adapter(tmp_path / "saved", tiny_model(), info=info, d_ratio=0.1)
     card = card_of(read_adapter(tmp_path / "saved"))
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"base_model": "org/base", "datasets": ["org/chats"], "library_name": "s2ft", "tags": ["s2ft"]}

@@ -38,7 +38,10 @@ def exported(model, base, folder, dtype):
     return load_model(str(folder / "tuned.gguf"), dtype)[0]
 
 
-train = partial(models.train, lr=0.02, loss_of=lambda model: model(input_ids=TOKENS, labels=TOKENS).loss)
+train, fit = (
+    partial(function, lr=0.02, loss_of=lambda model: model(input_ids=TOKENS, labels=TOKENS).loss)
+    for function in (models.train, models.fit)
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -72,8 +75,7 @@ def test_the_merged_file_is_what_training_multiplied_by(base, tmp_path, layout, 
 
 def test_the_gradient_is_that_of_the_multiplied_weight(small):
     """Straight-through: the gradient of s2 is the one that a plain model with the same weights has."""
-    model = attached(small, "float32", layout="indexed")
-    train(model, 1)
+    model = fit(attached(small, "float32", layout="indexed"), 1)
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     other = load_model(str(small), "float32")[0]
     other.load_state_dict(plain(model))
@@ -126,8 +128,15 @@ def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
             assert rounding.share == 1
 
     rows = [{"input_ids": TOKENS[0], "labels": TOKENS[0]}] * 40
-    options = {"use_cpu": True, "report_to": "none", "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 5}
-    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=10, **options)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=10,
+        use_cpu=True,
+        report_to="none",
+        learning_rate=0.01,
+        eval_strategy="steps",
+        eval_steps=5,
+    )
     trainer = S2FTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2], callbacks=[Note()])
     trainer.train()
     assert shares == pytest.approx([0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]) and rounding.share == 1
@@ -143,19 +152,15 @@ def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
 
 
 def test_an_adapter_that_ends_its_training_computes_what_the_file_holds(small, tmp_path):
-    model = attached(small, "float32")
-    train(model, 2)
+    model = fit(attached(small, "float32"), 2)
     before = model(TOKENS).logits
     s2ft.freeze_adapter(model)
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-5, atol=1e-6)
 
 
 def test_a_loaded_adapter_stays_in_the_units_that_are_trained_through_the_codec(small):
-    model = attached(small, "float32", codec="none")
-    train(model, 2)
-    other = s2ft.get_adapter(model, "default")
-    model = attached(small, "float32")
-    train(model, 3)
+    other = s2ft.get_adapter(fit(attached(small, "float32", codec="none"), 2), "default")
+    model = fit(attached(small, "float32"), 3)
     alone, base = plain(model), load_model(str(small), "float32")[0].state_dict()
     s2ft.load_adapter(model, other, "other", active=False)
     s2ft.set_adapter(model, {"default": 1.0, "other": 1.0})
@@ -175,8 +180,7 @@ def test_a_folder_with_one_file_is_that_file(small, tmp_path):
 
 
 def test_a_merge_that_is_interrupted_leaves_the_adapter(small, monkeypatch):
-    model, base = attached(small, "float32"), load_model(str(small), "float32")[0].state_dict()
-    train(model, 2)
+    model, base = fit(attached(small, "float32"), 2), load_model(str(small), "float32")[0].state_dict()
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(forwards, "clear_attachment", mock.Mock(side_effect=KeyboardInterrupt))
         s2ft.merge(model)

@@ -90,8 +90,7 @@ def test_a_file_of_which_transformers_reorders_rows_and_columns(dtype, tmp_path)
         path, _, part = name.rpartition(".")
         if part == "weight":
             torch.testing.assert_close(file.values(path).to(parameter), parameter, rtol=0.02, atol=0.005)
-    ratios = {"d_ratio": 0.5, "o_ratio": 0.5, "group": 32, "codec": "auto"}
-    save_random_adapter(tmp_path / "math", model, 0.02, **ratios)
+    save_random_adapter(tmp_path / "math", model, 0.02, d_ratio=0.5, o_ratio=0.5, group=32, codec="auto")
     export_packed(str(base), tmp_path / "math", tmp_path / "tuned.gguf")
     tuned = s2ft.merge(model).state_dict()
     for name, value in load_model(str(tmp_path / "tuned.gguf"), dtype)[0].state_dict().items():
@@ -169,9 +168,8 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeyp
         patch(tmp_path / "link.gguf", chat)
     assert "has adapter 'math'" in state(tmp_path / "link.gguf")
     (tmp_path / "link.gguf").unlink()
-    other = shutil.copy(copy, tmp_path / "other.gguf")
     with pytest.raises(ValueError, match="another base.*Its base has the sha256"):  # it is the base with math
-        patch(other, chat)
+        patch(shutil.copy(copy, tmp_path / "other.gguf"), chat)
     once = digest(copy)
     patch(copy, chat)
     assert "has adapter 'chat'" in state(copy) and digest(copy) != once

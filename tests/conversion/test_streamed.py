@@ -68,8 +68,7 @@ def both_ways(model, folder, dtype=torch.float32, max_shard_size=None, **config)
 
 @pytest.mark.parametrize("case", ALL)
 def test_every_family_is_merged_as_in_memory(case, tmp_path):
-    ratios = ratios_for(case, ALL_RATIOS)
-    disk, memory = both_ways(model_of(case), tmp_path, torch.bfloat16, **ratios, layout="indexed")
+    disk, memory = both_ways(model_of(case), tmp_path, torch.bfloat16, **ratios_for(case, ALL_RATIOS), layout="indexed")
     check_equal(disk, memory)
     assert (disk / WEIGHTS).read_bytes() == (memory / WEIGHTS).read_bytes()
     base, written = tensors_of(tmp_path / "base"), tensors_of(disk)
@@ -79,8 +78,7 @@ def test_every_family_is_merged_as_in_memory(case, tmp_path):
 
 @pytest.mark.parametrize("model_type", ("llava_next", pytest.param("gemma3", marks=pytest.mark.slow)))
 def test_models_whose_files_have_other_names_are_merged(model_type, tmp_path):
-    disk, memory = both_ways(composite_of(model_type), tmp_path, d_ratio=0.2, o_ratio=0.5)
-    check_equal(disk, memory)
+    check_equal(*both_ways(composite_of(model_type), tmp_path, d_ratio=0.2, o_ratio=0.5))
 
 
 @pytest.mark.parametrize("case", ("llama", "mixtral"))

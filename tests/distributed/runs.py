@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from support.models import model_of
 from support.ranks import forget_deepspeed
 from support.slices import everything as config_for
+from support.states import with_adapter
 from support.tolerances import GEMM
 from torch import nn
 
@@ -26,8 +27,7 @@ def attach_to(model, case, layout="permuted", **changes):
     """Attach with the ratios of a case, and with data if the selection needs some."""
     config = config_for(case, layout=layout, **changes)
     calibrated = config.selection in ("activation", "product", "gradient")
-    s2ft.attach(model, config, calibration=batches(model, 2) if calibrated else None)
-    return model
+    return with_adapter(model, config, calibration=batches(model, 2) if calibrated else None)
 
 
 def attached(case, layout="permuted", dtype=torch.float32, **changes):
@@ -207,9 +207,7 @@ def adapters_of_one_process(tmp_path_factory, attached_model):
         key = repr((case, layout, changes))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("alone")
-            model = attached_model(case, layout, **changes)
-            train(model)
-            s2ft.save_adapter(model, made[key])
+            s2ft.save_adapter(train(attached_model(case, layout, **changes)), made[key])
         return made[key]
 
     return get

@@ -8,11 +8,9 @@ from runs import check_same_files, reset, unchanged_environment
 from support.context_on_cpu import allow as allow_context
 from support.fsdp_on_cpu import allow
 from support.inside import HeldOut, RunFolder, RunOptions, SFTArguments, read_log, sft
-from support.states import tensors_of
+from support.states import tensors_of, with_adapter
 from train.test_sft import CONFIG, token_rows
 from train.tiny import tiny_model, tiny_tokenizer
-
-import s2ft
 
 FSDP = {
     "version": 2,
@@ -39,8 +37,7 @@ def arguments_for(folder, context=1, data=1, **changes):
 
 def train(rank, folder, context=1, data=1, layout="permuted", chunked=True, changes=None):
     """Train the tiny model. Returns the log's losses."""
-    model, rows = tiny_model(), token_rows(16)
-    s2ft.attach(model, replace(CONFIG, layout=layout))
+    model, rows = with_adapter(tiny_model(), replace(CONFIG, layout=layout)), token_rows(16)
     arguments, place = arguments_for(folder, context, data, **(changes or {})), RunFolder(folder)
     if rank == 0:
         place.begin({})

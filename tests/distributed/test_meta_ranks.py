@@ -27,10 +27,9 @@ def meta_of(model):
 @contextmanager
 def efficient_accelerator(model):
     """An Accelerator for FSDP2 with cpu_ram_efficient_loading. What it sets in the process is reset afterwards."""
-    efficient = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     try:
         accelerator = accelerator_for("fsdp efficient", model)
-        os.environ.update(efficient)
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
         yield accelerator
     finally:
         reset()

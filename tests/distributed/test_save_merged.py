@@ -35,8 +35,7 @@ def prepare(case, layout, folder):
     model_of(case).save_pretrained(folder / "base")
     model = type(model_of(case)).from_pretrained(folder / "base")
     for name, seed in (("a", 1), ("b", 2)):
-        ratios = ratios_for(case, ALL_RATIOS)
-        save_random_adapter(folder / name, model, 0.05, name, **ratios, layout=layout, seed=seed)
+        save_random_adapter(folder / name, model, 0.05, name, **ratios_for(case, ALL_RATIOS), layout=layout, seed=seed)
         s2ft.detach(model)
     s2ft.merge(with_adapters(model, folder)).save_pretrained(folder / "expected")
 

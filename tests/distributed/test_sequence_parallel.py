@@ -22,14 +22,18 @@ ROWS = [{"input_ids": ids, "labels": ids, "position_ids": torch.arange(LENGTH)} 
 
 def train(kind, base, folder, way, **changes):
     """Returns the losses, and the gradient norms."""
-
-    def make():
-        return with_adapter(
+    made = run_trainer(
+        way,
+        lambda: with_adapter(
             AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa"),
             config_for("llama-grouped", selection="weight"),
-        )
-
-    made = run_trainer(way, make, folder, kind, rows=ROWS, max_steps=3, **changes)
+        ),
+        folder,
+        kind,
+        rows=ROWS,
+        max_steps=3,
+        **changes,
+    )
     s2ft.save_adapter(made.accelerator.unwrap_model(made.model), folder / "adapter")
     return losses_of(made), [line["grad_norm"] for line in made.state.log_history if "loss" in line]
 

@@ -90,11 +90,8 @@ def linear(
     delta = trained(*((count, inputs) if dim == 0 else (outputs, count)), dtype=delta_dtype or dtype)
     tensors = (x, weight, delta, index, *([trained(outputs, dtype=dtype)] if bias else ()))
 
-    def given(index):
-        return start if op is ops.sliced_linear else index
-
     def run(x, weight, delta, index, bias=None):
-        return op(x, weight, delta, given(index), dim, bias)
+        return op(x, weight, delta, start if op is ops.sliced_linear else index, dim, bias)
 
     def definition(x, weight, delta, index, bias=None):
         return F.linear(x, effective(weight, delta, index, dim), bias)
@@ -188,15 +185,18 @@ def swapped(dim, shape=(10, 10), count=3, dtype=torch.float32) -> Case:
     index = torch.randperm(shape[dim])[:count]
     weight, values = torch.randn(shape).to(dtype), torch.randn(shape_of(shape, dim, count)).to(dtype)
 
-    def run(weight, values, index):
-        ops.swap_(weight, index, values, dim)
-
     def definition(weight, values, index):
         old = weight.index_select(dim, index)
         weight.index_copy_(dim, index, values)
         values.copy_(old)
 
-    return Case(run, definition, (weight, values, index), (("swap_", (weight, index, values, dim)),), changed=2)
+    return Case(
+        lambda weight, values, index: ops.swap_(weight, index, values, dim),
+        definition,
+        (weight, values, index),
+        (("swap_", (weight, index, values, dim)),),
+        changed=2,
+    )
 
 
 def written(dim, shape=(10, 10), count=3, dtype=torch.float32, delta_dtype=None) -> Case:

@@ -107,14 +107,13 @@ def test_an_nvcc_is_used_unless_its_major_version_is_newer(
     run_script, source, tmp_path, nvcc, torch_cuda, mode, cuda, words
 ):
     """The warning is for an nvcc of another version only: most users of a CUDA PyTorch have no nvcc."""
-    home = toolkit(tmp_path / "cuda", nvcc) if nvcc else tmp_path
     result = of_setup(
         run_script,
         source,
         "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLAN'].cuda_reason]))",
         torch_cuda,
         check=False,
-        CUDA_HOME=home,
+        CUDA_HOME=toolkit(tmp_path / "cuda", nvcc) if nvcc else tmp_path,
         S2FT_BUILD=mode,
     )
     if cuda is None:
@@ -146,8 +145,9 @@ def test_architectures(run_script, source, tmp_path, codes, gpus, listed, expect
         "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))"
     )
     variables = {"TORCH_CUDA_ARCH_LIST": listed} if listed else {}
-    home = toolkit(tmp_path / "cuda", codes=codes)
-    result = of_setup(run_script, source, code, check=False, CUDA_HOME=home, **variables)
+    result = of_setup(
+        run_script, source, code, check=False, CUDA_HOME=toolkit(tmp_path / "cuda", codes=codes), **variables
+    )
     if expected is None:
         assert "is no compute capability such as 9.0 or 10.0+PTX" in result.stderr
     else:

@@ -139,9 +139,20 @@ def test_all_linear_leaves_out_layers_that_never_run():
 
 
 def test_all_linear_leaves_out_a_head_that_peft_cannot_save(tmp_path):
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, vocab_size=9)
-    front = dict(conv_dim=(8,), conv_stride=(2,), conv_kernel=(4,), num_conv_pos_embedding_groups=2)
-    base = HubertForCTC(HubertConfig(**sizes, **front, num_conv_pos_embeddings=4))
+    base = HubertForCTC(
+        HubertConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=20,
+            vocab_size=9,
+            conv_dim=(8,),
+            conv_stride=(2,),
+            conv_kernel=(4,),
+            num_conv_pos_embedding_groups=2,
+            num_conv_pos_embeddings=4,
+        )
+    )
     with pytest.warns(UserWarning, match="that is a head"):
         model = injected(copy.deepcopy(base), target_modules="all-linear", ratio=0.5)
     model.save_pretrained(tmp_path)

@@ -77,8 +77,7 @@ def test_tied_head_stays_tied_where_the_config_says_so(tmp_path):
 def test_single_tokens_are_trained(case, tmp_path):
     base = model_of(case)
     tokens = token_batch(base)[0, :2].unique().tolist()
-    options = dict(d_ratio=0.2, trainable_token_indices=tokens)
-    model = fit(get_peft_model(copy.deepcopy(base), S2FTPeftConfig(**options)))
+    model = fit(get_peft_model(copy.deepcopy(base), S2FTPeftConfig(d_ratio=0.2, trainable_token_indices=tokens)))
     with pytest.raises(ValueError, match="trainable_token_indices"):
         to_native(model)
     model.add_adapter("b", S2FTPeftConfig(d_ratio=0.2))

@@ -1,6 +1,7 @@
 """S²FT as a method of PEFT on known families: selecting, training, saving, merging and switching."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -23,13 +24,12 @@ RATIOS = dict(o_ratio=0.5, u_ratio=0.1, d_ratio=0.1)
 def peft_of(case="llama-grouped", dtype=torch.float32, adapter_name="default", seed=0, autocast=True, **config):
     """A PEFT model with random deltas, so that the adapter changes the output."""
     config = config or ratios_for(case, ALL_RATIOS)
-    model = get_peft_model(
+    return get_peft_model(
         model_of(case, dtype),
         S2FTPeftConfig(**config, init_weights=False, seed=seed),
         adapter_name,
         autocast_adapter_dtype=autocast,
-    )
-    return model.eval()
+    ).eval()
 
 
 def two_of(case="llama-grouped", dtype=torch.float32, **config):
@@ -49,9 +49,8 @@ CHOICES = ({}, {"seed": 3}, {"selection": "weight", "order": "smallest"}, {"budg
 @pytest.mark.parametrize("case, options", in_turn(DENSE, CHOICES))
 def test_units_are_those_that_attach_trains(case, options):
     ratios = ratios_for(case, ALL_RATIOS)
-    model = peft_of(case, **{"seed": 0, **ratios, **options})
     chosen = s2ft.select(model_of(case), s2ft.S2FTConfig(**ratios, **options))
-    assert model.peft_config["default"].units == chosen.to_dict()
+    assert peft_of(case, **{"seed": 0, **ratios, **options}).peft_config["default"].units == chosen.to_dict()
 
 
 def test_a_reused_config_keeps_its_original_options():
@@ -193,16 +192,11 @@ def other_couplings():
 
 
 def of_no_family():
-    net = nn.Sequential(nn.Linear(4, 8))
-    return get_peft_model(net, S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="inputs"))
+    return get_peft_model(nn.Sequential(nn.Linear(4, 8)), S2FTPeftConfig(**BY_NAME))
 
 
 def mixed(names):
     return lambda model: model(torch.ones(4, 3, dtype=torch.int64), adapter_names=names)
-
-
-def injects(model, **fields):
-    get_peft_model(model, S2FTPeftConfig(**fields))
 
 
 BY_NAME, STACK = dict(target_modules=["0"], ratio=0.5, dim="inputs"), dict(target_parameters=["0.weight"], ratio=0.5)
@@ -232,13 +226,17 @@ REFUSED = {
     **{
         name: (
             lambda net=net: nn.Sequential(copy.deepcopy(net)),
-            lambda model, fields=fields: injects(model, **fields),
+            lambda model, fields=fields: get_peft_model(model, S2FTPeftConfig(**fields)),
             message,
         )
         for name, (net, fields, message) in NETS.items()
     },
     **{
-        name: (lambda case=case: model_of(case), lambda model, fields=fields: injects(model, **fields), message)
+        name: (
+            lambda case=case: model_of(case),
+            lambda model, fields=fields: get_peft_model(model, S2FTPeftConfig(**fields)),
+            message,
+        )
         for name, (fields, case, message) in UNFIT.items()
     },
     # the shapes are equal, so without a check the wrong channels would change
@@ -384,8 +382,7 @@ def test_to_native_keeps_modules_to_save():
     model = get_peft_model(model_of("llama"), S2FTPeftConfig(d_ratio=0.2, modules_to_save=["model.norm"]))
     model.base_model.model.model.norm.modules_to_save["default"].weight.data.mul_(2)
     found = to_native(model)
-    base = with_loaded(model_of("llama"), found)
-    assert torch.equal(base.model.norm.weight, 2 * model_of("llama").model.norm.weight)
+    assert torch.equal(with_loaded(model_of("llama"), found).model.norm.weight, 2 * model_of("llama").model.norm.weight)
     with pytest.raises(ValueError, match="model.norm.weight trained in full"):
         from_native(model_of("llama"), found)
 
@@ -452,8 +449,7 @@ def encoder_decoder():
     return model.eval()
 
 
-def decoder():
-    return model_of("llama-grouped")
+decoder = partial(model_of, "llama-grouped")
 
 
 @pytest.mark.parametrize(

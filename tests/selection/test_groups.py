@@ -34,8 +34,7 @@ def test_inputs_come_in_whole_groups_and_outputs_one_by_one(more):
 def test_a_group_has_the_score_of_all_its_inputs():
     found = s2ft.select(MODEL, S2FTConfig(d_ratio=4 / CHANNELS, selection="weight", group=4))
     for layer in range(2):
-        weight = MODEL.model.layers[layer].mlp.down_proj.weight.detach()
-        best = int(weight.square().sum(0).view(-1, 4).sum(1).argmax())
+        best = int(MODEL.model.layers[layer].mlp.down_proj.weight.square().sum(0).view(-1, 4).sum(1).argmax())
         assert found[DOWN.format(layer)].tolist() == list(range(4 * best, 4 * best + 4))
 
 

@@ -880,10 +880,9 @@ def model_with(config: PretrainedConfig) -> PreTrainedModel:
 
 def with_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same type in training mode, with a dropout of 0.5 wherever the config has one, except in attention."""
-    options = model.config.to_dict()
     dropouts = [
         key
-        for key, value in options.items()
+        for key, value in model.config.to_dict().items()
         if "drop" in key and "attention" not in key and type(value) in (int, float)
     ]
     return alias_of(model.config.model_type, **dict.fromkeys(dropouts, 0.5)).train()

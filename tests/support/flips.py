@@ -33,7 +33,7 @@ from support.inside import (
     tower_of,
 )
 from support.models import ALL_RATIOS, CASES, LAYOUTS, inputs_of
-from support.states import randomize
+from support.states import randomize, with_adapter
 
 TOLERANCE = 1e-9  # of outputs in float64, relative to the largest
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "relu2")  # two of the FFN kernel and another one
@@ -202,8 +202,7 @@ def outcome_of(model_type: str, flip: Flip, plain: Base | None, layouts: Sequenc
         keys = {projection.key for projection in projections_of(couplings)}
         towers = sorted({tower_of(base.model, one.path) for one in projections_of(couplings)})
         ratios = {f"{key}_ratio": 0.2 if key == "l" else ALL_RATIOS[f"{key}_ratio"] for key in keys}
-        single = {p.key for p in projections_of(couplings) if p.count == 1}
-        ratios |= {f"{key}_ratio": 1.0 for key in single}
+        ratios |= {f"{p.key}_ratio": 1.0 for p in projections_of(couplings) if p.count == 1}
         reasons = [
             _trial(base, S2FTConfig(**ratios, layout=layout, towers=towers if len(towers) > 1 else None))
             for layout in layouts
@@ -218,8 +217,7 @@ def outcome_of(model_type: str, flip: Flip, plain: Base | None, layouts: Sequenc
 
 def _trial(base: Base, config: S2FTConfig) -> str:
     """What is wrong in one layout, in words."""
-    model, example = copy.deepcopy(base.model), base.example
-    s2ft.attach(model, config)
+    model, example = with_adapter(copy.deepcopy(base.model), config), base.example
     if (change := far(outputs_of(model, example), base.eval)) > TOLERANCE:
         return f"{config.layout}: attach changes the outputs by {change:.2g}"
     steady = far(base.train, base.eval) <= TOLERANCE  # no dropout, whose mask has the order of the channels

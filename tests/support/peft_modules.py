@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
+from support.nets import seeded
 
 MODULES = {  # a module and an input
     "linear": lambda: (nn.Linear(9, 11), torch.randn(4, 3, 9)),
@@ -22,8 +23,7 @@ MODULES = {  # a module and an input
 
 def net_of(kind, dtype=torch.float32):
     """A net of the module and an activation; the same each time."""
-    torch.manual_seed(0)
-    return nn.Sequential(MODULES[kind]()[0], nn.Tanh()).to(dtype).eval()
+    return seeded(lambda: nn.Sequential(MODULES[kind]()[0], nn.Tanh())).to(dtype).eval()
 
 
 class Router(nn.Linear):

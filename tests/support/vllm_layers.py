@@ -131,8 +131,7 @@ class Punica:
 
     def step(self, numbers, lora_index_to_id):
         """A new batch: the number of each token's adapter, 0 for none."""
-        mapping = SimpleNamespace(index_mapping=tuple(numbers))
-        self.update_metadata(mapping, lora_index_to_id, len(lora_index_to_id), 10)
+        self.update_metadata(SimpleNamespace(index_mapping=tuple(numbers)), lora_index_to_id, len(lora_index_to_id), 10)
 
 
 def lora_config(rank: int = 1, dtype: torch.dtype = torch.float64, sharded: bool = False) -> SimpleNamespace:

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 import s2ft
-from support.states import randomize, with_adapter
+from support.states import randomize, with_adapter, with_loaded
 
 PROMPTS = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 17, 33)]
 TOKENS = 24
@@ -38,8 +38,7 @@ class Served:
     def merged(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Return transformers' model of the dtype with an adapter merged."""
         model = type_of(self.base).from_pretrained(self.base, dtype=dtype)
-        s2ft.load_adapter(model, self.adapters / name)
-        return s2ft.merge(model)
+        return s2ft.merge(with_loaded(model, self.adapters / name))
 
 
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)

@@ -140,7 +140,6 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
 
     module, name = TRAINERS[kind]
     module = import_module(module)
-    where = dict(vllm_mode="server", vllm_server_base_url=server) if server else dict(vllm_mode="colocate")
     common = dict(
         per_device_train_batch_size=4,
         max_steps=3,
@@ -153,7 +152,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
         bf16=False,
         use_vllm=True,
         seed=1,
-        **where,
+        **(dict(vllm_mode="server", vllm_server_base_url=server) if server else dict(vllm_mode="colocate")),
     )
     if kind == "online_dpo":
         import_module(f"{TRAINERS[kind][0]}.online_dpo_trainer").torch = OnCpu("torch")
@@ -162,12 +161,11 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
         common |= dict(num_generations=4, max_completion_length=12)
     args = getattr(module, f"{name}Config")(**common)
     model = model_in(form, folder, getattr(torch, dtype))
-    rows = Dataset.from_list([{"prompt": f"say {letter}"} for letter in "abcdefgh"])
     return with_slices(getattr(module, f"{name}Trainer"), llm=LLM)(
         model=model,
         args=args,
         reward_funcs=reward,
-        train_dataset=rows,
+        train_dataset=Dataset.from_list([{"prompt": f"say {letter}"} for letter in "abcdefgh"]),
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
     )
 
@@ -218,10 +216,10 @@ class Worker:
         self.fill(1)
 
     def stop(self) -> None:
-        pass
+        """Nothing runs between the updates."""
 
     def check_health(self, stale_after_s: float) -> None:
-        pass
+        """It is always well."""
 
     def update_model_version(self, version: int) -> None:
         from transformers import AutoModelForCausalLM

@@ -51,10 +51,11 @@ def test_the_base_of_all_ranks_together_is_compared(size):
     specs = specs_of(base, INDEX)
 
     def parts():
-        found = []
-        for engine in engines(size, base=base):
-            found += parts_of(places(engine.load_weights, engine, specs, torch.float32), specs)
-        return found
+        return [
+            part
+            for engine in engines(size, base=base)
+            for part in parts_of(places(engine.load_weights, engine, specs, torch.float32), specs)
+        ]
 
     check_base(parts(), specs)
     base["model.layers.0.mlp.up_proj.weight"][3, 5] += 1
@@ -88,9 +89,8 @@ def test_a_stage_without_a_weight_has_no_place_and_the_other_has_it():
 
 
 def test_a_tied_weight_is_sent_under_one_name():
-    base = checkpoint()
     engine = engines(1)[0]
-    spec = specs_of({"lm_head.weight": base["model.embed_tokens.weight"]}, {"lm_head.weight": (0, [1, 2])})
+    spec = specs_of({"lm_head.weight": checkpoint()["model.embed_tokens.weight"]}, {"lm_head.weight": (0, [1, 2])})
     found = places(engine.load_weights, engine, spec, torch.float32)
     with pytest.raises(NoPlace, match="lm_head.weight: this engine has no place. A tied weight is sent under the one"):
         check_base(parts_of(found, spec), spec)
@@ -113,17 +113,6 @@ class Odd(nn.Module):
                 self.how(self, tensor)
 
 
-def through_a_buffer(model, tensor):
-    buffer = torch.zeros(3, 4)
-    buffer.copy_(tensor)
-    model.weight.data.copy_(buffer)
-
-
-def replaces(model, tensor):
-    model.weight = nn.Parameter(torch.zeros(3, 4), requires_grad=False)
-    model.weight.data.copy_(tensor)
-
-
 ODD = {
     "adds one": (lambda model, tensor: model.weight.data.copy_(tensor + 1), "makes new tensors of it"),
     "adds in place": (lambda model, tensor: model.weight.data.add_(1), "computes"),
@@ -135,8 +124,17 @@ ODD = {
     "flattens": (lambda model, tensor: model.weight.data.view(-1).copy_(tensor.view(-1)), "another way"),
     "broadcasts": (lambda model, tensor: model.weight.data.copy_(tensor[0]), "another way"),
     "concatenates": (lambda model, tensor: model.weight.data.copy_(torch.cat([tensor, tensor])[:3]), "new tensors"),
-    "through a buffer": (through_a_buffer, "no parameter of the model"),
-    "replaces the parameter": (replaces, "replaces the parameter|no parameter"),
+    "through a buffer": (
+        lambda model, tensor: model.weight.data.copy_(torch.zeros(3, 4).copy_(tensor)),
+        "no parameter of the model",
+    ),
+    "replaces the parameter": (
+        lambda model, tensor: (
+            setattr(model, "weight", nn.Parameter(torch.zeros(3, 4), requires_grad=False)),
+            model.weight.data.copy_(tensor),
+        ),
+        "replaces the parameter|no parameter",
+    ),
     "gives it new memory": (
         lambda model, tensor: setattr(model.weight, "data", torch.zeros(3, 4)),
         "replaces the parameter",

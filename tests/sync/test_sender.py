@@ -74,9 +74,11 @@ def test_an_engine_of_another_base_is_refused_and_generates_on(base):
     model, engine = trained_model(), CheckpointEngine(base)
     engine.weights["model.layers.1.mlp.down_proj.weight"] += 1
     before = copy.deepcopy(engine.weights)
-    with serving(app_of(engine)) as url:
-        with pytest.raises(EngineError, match="slices differ, the first is model.layers.1.mlp.down_proj.weight"):
-            SliceSender(model, url).sync()
+    with (
+        serving(app_of(engine)) as url,
+        pytest.raises(EngineError, match="slices differ, the first is model.layers.1.mlp.down_proj.weight"),
+    ):
+        SliceSender(model, url).sync()
     assert same(engine.weights, before) and not engine.paused
 
 

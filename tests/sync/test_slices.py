@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.aliases import alias_of
 from support.checkpoint_engine import CheckpointEngine
 from support.composites import composite_of
 from support.inside import SlicesTrainedSlices as TrainedSlices, hashes_of, to_message
@@ -156,16 +157,6 @@ def quantized():
     return attached(model, d_ratio=0.2, layout="indexed")
 
 
-def experts_in_one_tensor():
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    config = GptOssConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=67, num_local_experts=4, layer_types=["full_attention"] * 2,
-    )  # fmt: skip
-    return attached(GptOssForCausalLM(config), d_ratio=0.2)
-
-
 REFUSED = {
     "no adapter": (lambda: model_of("llama-grouped"), "no S²FT adapter"),
     "a bias of a coupling": (trained_bias, "down_proj.bias requires a gradient"),
@@ -173,7 +164,7 @@ REFUSED = {
     "tokens": (lambda: peft_form(model_of("llama-grouped"), d_ratio=0.1, trainable_token_indices=[3]), "token_indices"),
     "a merged adapter": (merged_adapter, "unmerge_adapter"),
     "a quantized base": (quantized, "down_proj is quantized"),
-    "experts in one tensor": (experts_in_one_tensor, "one tensor"),
+    "experts in one tensor": (lambda: attached(alias_of("gpt_oss"), d_ratio=0.2), "one tensor"),
 }
 
 
@@ -191,8 +182,7 @@ def test_what_changes_after_the_description_is_noticed(tmp_path):
     model.model.norm.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="model.norm.weight was unfrozen"):
         slices.buffer()
-    s2ft.detach(model)
-    s2ft.load_adapter(model, tmp_path / "old", "old")
+    s2ft.load_adapter(s2ft.detach(model), tmp_path / "old", "old")
     with pytest.raises(ValueError, match="attach one"):
         TrainedSlices.of(model)
     slices = TrainedSlices.of(attached(model, d_ratio=0.1))
@@ -214,8 +204,9 @@ def test_what_changes_after_the_description_is_noticed(tmp_path):
 
 
 def test_a_model_that_is_not_of_transformers_has_the_names_of_its_weights():
-    layers = {"up": torch.nn.Linear(6, 20), "act": torch.nn.ReLU(), "down": torch.nn.Linear(20, 6)}
-    model = torch.nn.Sequential(OrderedDict(layers))
+    model = torch.nn.Sequential(
+        OrderedDict(up=torch.nn.Linear(6, 20), act=torch.nn.ReLU(), down=torch.nn.Linear(20, 6))
+    )
     base = {name: one.clone() for name, one in model.state_dict().items()}
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, layout="indexed"), example=torch.randn(2, 6))
     slices = TrainedSlices.of(model)

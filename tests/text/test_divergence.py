@@ -110,11 +110,6 @@ def lora(model, **options):
     return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options))
 
 
-def of_transformers(model):
-    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
-    return model
-
-
 def attached(model):
     return with_adapter(model, s2ft.S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"]))
 
@@ -123,7 +118,9 @@ WAYS = {
     "PEFT": lambda model: lora(model, target_modules=["q_proj", "down_proj"]),
     "PEFT, head": lambda model: lora(model, target_modules=["q_proj", "lm_head"]),
     "PEFT, saved head": lambda model: lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    "transformers": of_transformers,
+    "transformers": lambda model: (
+        model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])) or model
+    ),
     "s2ft, saved head": attached,
 }
 
@@ -168,8 +165,7 @@ def test_the_base_of_a_loaded_adapter(tmp_path):
     base, _ = direct(model, rows)
     s2ft.save_adapter(randomize(attached(model), std=0.1), tmp_path / "adapter")
     expected = direct_kl(base, direct(model, rows)[0])
-    s2ft.detach(model)
-    s2ft.load_adapter(model, tmp_path / "adapter")
+    s2ft.load_adapter(s2ft.detach(model), tmp_path / "adapter")
     assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(expected, rel=1e-4)
     with base_switch(model)():
         assert torch.equal(direct(model, rows)[0], base)

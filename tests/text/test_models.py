@@ -10,6 +10,7 @@ import torch
 from support.convert_hf_to_gguf import convert
 from support.images import MODELS
 from support.inside import load_model, locate, reader_class
+from support.states import same
 from train.tiny import base_of, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, RwkvConfig
 
@@ -28,8 +29,7 @@ def test_gguf_is_loaded_as_a_plain_model_that_saves_and_reloads_bit_for_bit(gguf
     model.save_pretrained(tmp_path / "saved"), tokenizer.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
-    assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(again.state_dict()[key], weight) for key, weight in model.state_dict().items())
+    assert same(again, model)
     assert again.lm_head.weight is again.model.embed_tokens.weight
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
     text = "<|im_start|>user\ncrab some text 12 + 3 = 15.\u00e4<|im_end|>"
@@ -59,16 +59,9 @@ def test_dtype_auto_keeps_the_dtype_of_the_checkpoint(tmp_path):
     assert load_model(str(tmp_path / "m"), "float32")[0].dtype == torch.float32
 
 
-def without(*patterns):
+def without(pattern):
     """A writer of a checkpoint's folder that lacks files."""
-
-    def write(folder):
-        save_tiny(folder)
-        for pattern in patterns:
-            for file in folder.glob(pattern):
-                file.unlink()
-
-    return write
+    return lambda folder: [file.unlink() for file in save_tiny(folder).glob(pattern)]
 
 
 def lacking_a_layer(folder):

@@ -140,8 +140,8 @@ def test_a_model_that_padding_on_the_left_changes_gets_it_on_the_right():
 
 def test_rows_are_packed_and_counted():
     model, rows = tiny_model(), Dataset.from_list(token_rows(12))
-    apart = arguments_for(per_device_train_batch_size=5, num_train_epochs=3)
-    assert updates_of(apart, rows) == 9  # the last update of each epoch is smaller
+    # the last update of each epoch is smaller
+    assert updates_of(arguments_for(per_device_train_batch_size=5, num_train_epochs=3), rows) == 9
     arguments = arguments_for(packing=True, per_device_train_batch_size=1, num_train_epochs=1)
     assert updates_of(arguments, rows) <= len(choose_batching(model, 0, rows, arguments).prepare(rows, arguments)) < 12
     batching = choose_batching(model, 0, rows, arguments)

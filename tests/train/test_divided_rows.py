@@ -69,9 +69,8 @@ def test_options_and_models_that_would_train_something_else_are_refused(make, op
 
 def test_other_models_are_taken_and_whole_rows_are_not_checked(tmp_path, monkeypatch):
     check_divided_rows(tiny_model(), arguments_for(tmp_path))
-    stateful = with_attribute("_is_stateful", True)
     monkeypatch.setattr(parallel, "devices_of", lambda arguments: replace(Devices(2), tensor=2))
-    check_divided_rows(stateful, arguments_for(tmp_path, packing=True))
+    check_divided_rows(with_attribute("_is_stateful", True), arguments_for(tmp_path, packing=True))
 
 
 def test_deepspeeds_sequence_parallelism_is_refused(tmp_path, monkeypatch):

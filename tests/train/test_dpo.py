@@ -23,11 +23,6 @@ ROWS = [{"question": f"{a}+1=", "chosen": f"{a + 1}", "rejected": "no idea"} for
 # No layer is permuted and no kernel replaces the FFN's, so that every sum has the order of the untouched base.
 
 
-def pairs(tokenizer, rows=ROWS, **options):
-    found = Dataset.from_list([{**pair(row, {}), "tools": None, "place": "row"} for row in rows])
-    return encode_pairs(found, tokenizer, prompt_format(tokenizer), **{"max_length": 100, **options})
-
-
 def arguments(path, **changes):
     more = dict(per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0, save_steps=2, max_steps=4, seed=3)
     return DPOArguments(output_dir=str(path), **{**more, **changes})
@@ -37,7 +32,9 @@ def run(path, config=s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25), resume=False, o
     """Train the tiny model. Returns the model and the folder."""
     model, tokenizer, folder = with_adapter(tiny_model(), config), tiny_tokenizer(), RunFolder(path)
     folder.begin({}, resume)
-    rows, given = pairs(tokenizer).dataset, arguments(path, **changes)
+    found = Dataset.from_list([{**pair(row, {}), "tools": None, "place": "row"} for row in ROWS])
+    rows = encode_pairs(found, tokenizer, prompt_format(tokenizer), max_length=100).dataset
+    given = arguments(path, **changes)
     dpo(model, tokenizer, rows, given, folder, resume=resume, options=options, held_out=None)
     return model, folder
 
@@ -52,10 +49,9 @@ def whole(tmp_path_factory):
 
 
 def test_the_loss_begins_at_log_2_and_the_chosen_answers_gain(whole):
-    _, folder = whole
-    first, *_, last = losses(folder)
+    first, *_, last = losses(whole[1])
     assert first[1] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6) and first[2] == 0
-    assert last[1] < first[1] and last[2] > 0 and s2ft.read_adapter(folder.adapter).parameters > 0
+    assert last[1] < first[1] and last[2] > 0 and s2ft.read_adapter(whole[1].adapter).parameters > 0
 
 
 # ---- the reference -------------------------------------------------------------------------------------

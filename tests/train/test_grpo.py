@@ -107,8 +107,7 @@ def test_answers_are_generated_for_the_prompts(template, tmp_path, monkeypatch):
     generate, found = model.generate, []
 
     def watched(*args, **options):
-        rows = zip(options["input_ids"], options["attention_mask"])
-        found.append([ids[mask.bool()].tolist() for ids, mask in rows])
+        found.append([ids[mask.bool()].tolist() for ids, mask in zip(options["input_ids"], options["attention_mask"])])
         return generate(*args, **options)
 
     monkeypatch.setattr(model, "generate", watched)
@@ -134,7 +133,7 @@ def test_an_attached_model_that_would_be_sent_whole_is_refused_before_vllm_start
     from trl import GRPOConfig, GRPOTrainer
 
     class Mine(AdapterCheckpoints, GRPOTrainer):
-        pass
+        """A user's own."""
 
     model = with_adapter(tiny_model(), CONFIG)
     options = GRPOConfig(str(tmp_path), use_vllm=True, use_cpu=True, bf16=False)

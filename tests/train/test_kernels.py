@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.inside import MissingPackages, RunOptions, apply_kernels, check_kernels, train_loading
 from support.models import model_of
+from support.states import same, with_adapter
 from support.tolerances import relative_difference
 from torch import nn
 from train.test_loss import gradients
@@ -63,9 +64,7 @@ def liger(monkeypatch):
 @pytest.mark.parametrize("attach_first", (False, True))
 def test_an_attached_model_trains_on_the_other_kernels(liger, attach_first):
     config = s2ft.S2FTConfig(d_ratio=0.2, u_ratio=0.1, q_ratio=0.5)
-    plain, model = tiny_model(), tiny_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    s2ft.attach(plain, config)
+    plain, model, base = with_adapter(tiny_model(), config), tiny_model(), tiny_model()
     steps = [lambda: s2ft.attach(model, config), lambda: apply_kernels(model, "liger")]
     for step in steps if attach_first else reversed(steps):
         step()
@@ -76,8 +75,7 @@ def test_an_attached_model_trains_on_the_other_kernels(liger, attach_first):
     assert ours.keys() == theirs.keys() and all(
         relative_difference(gradient, theirs[name]) <= 1e-4 for name, gradient in ours.items()
     )
-    s2ft.detach(model)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert same(s2ft.detach(model), base)
 
 
 def test_ffn_and_loss_stay_those_of_s2ft(liger):

@@ -16,6 +16,7 @@ from support.inside import (
     load_base,
     quantization_config,
 )
+from support.states import with_adapter
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
@@ -117,8 +118,7 @@ class OwnModel(LlamaForCausalLM):
 
 
 def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path, monkeypatch):
-    folder = tmp_path / "own"
-    shutil.copytree(tiny, folder)
+    folder = shutil.copytree(tiny, tmp_path / "own")
     (folder / "own_code.py").write_text(CODE)
     config = {
         **json.loads((folder / "config.json").read_text()),
@@ -130,8 +130,7 @@ def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path, monkeyp
         load_base(ModelOptions(str(folder)), arguments(tmp_path))
     model, _ = load_base(ModelOptions(str(folder)), arguments(tmp_path, trust_remote_code=True))
     assert type(model).__name__ == "OwnModel"
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-    s2ft.save_adapter(model, tmp_path / "adapter")
+    s2ft.save_adapter(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.1)), tmp_path / "adapter")
     monkeypatch.setenv("S2FT_TRUST_REMOTE_CODE", "1")  # the other commands have no option for it
     export(str(folder), tmp_path / "adapter", tmp_path / "merged")
     assert type(hollow_model(str(tmp_path / "merged"))).__name__ == "OwnModel"

@@ -150,8 +150,7 @@ def test_evaluation_and_a_forward_without_labels_have_the_models_own_loss_and_lo
 
 def test_the_logits_are_not_kept(monkeypatch):
     monkeypatch.setitem(CHUNK, "cpu", 2**16)
-    model = with_adapter(tiny_model(vocab_size=5000), s2ft.S2FTConfig(d_ratio=0.1))
-    model.train()
+    model = with_adapter(tiny_model(vocab_size=5000), s2ft.S2FTConfig(d_ratio=0.1)).train()
     ids = torch.randint(3, 200, (4, 64))
 
     def largest():

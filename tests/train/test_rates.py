@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.inside import attachment_of, rates
 from support.models import model_of
+from support.states import with_adapter
 
 import s2ft
 
@@ -29,8 +30,7 @@ def test_a_short_run_gets_up_to_twice_the_rate():
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_the_rate_of_an_adapter_follows_from_its_share_and_the_size_of_its_weights(layout):
-    model = model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5, q_ratio=0.5, layout=layout))
+    model = with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.5, q_ratio=0.5, layout=layout))
     record = attachment_of(model)
     weights = [model.get_submodule(one.path).weight for one in record.projections.values()]
     trained = [model.get_submodule(record.projections[name].path).weight for name in record.selection.units]
@@ -43,7 +43,6 @@ def test_the_rate_of_an_adapter_follows_from_its_share_and_the_size_of_its_weigh
 
 
 def test_a_model_whose_config_names_no_width_gets_a_rate():
-    model = model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5))
+    model = with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.5))
     del model.config.hidden_size
     assert rates.rate_of_adapter(model, 32) > 0

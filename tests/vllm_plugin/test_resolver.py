@@ -8,9 +8,9 @@ from unittest.mock import Mock
 
 import pytest
 from support.inside import native, path_of, resolver
-from support.models import fit, model_of
-from support.states import with_adapter
+from support.models import model_of
 from support.vllm_modules import fake_modules
+from train.tiny import save_random_adapter
 
 import s2ft
 
@@ -19,8 +19,7 @@ import s2ft
 def adapters(tmp_path_factory):
     """A directory with an adapter, a folder of another format, and an adapter beside the directory."""
     folder = tmp_path_factory.mktemp("adapters")
-    model = fit(with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.1), name="a"), 1)
-    s2ft.save_adapter(model, folder / "inside" / "math")
+    save_random_adapter(folder / "inside" / "math", model_of("llama"), name="a", d_ratio=0.1)
     native.write(s2ft.read_adapter(folder / "inside" / "math"), folder / "secret")
     native.write(s2ft.read_adapter(folder / "inside" / "math"), folder / "inside" / "run" / "adapter")
     (folder / "inside" / "lora").mkdir()

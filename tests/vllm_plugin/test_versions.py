@@ -26,8 +26,7 @@ class Request(vllm_modules.Request):
 def folder(tmp_path):
     """An adapter, and beside it another content for the same folder."""
     save_adapters(tmp_path / "made", 2)
-    shutil.copytree(tmp_path / "made" / "a0", tmp_path / "a")
-    return tmp_path / "a"
+    return shutil.copytree(tmp_path / "made" / "a0", tmp_path / "a")
 
 
 def other(folder):
