@@ -73,6 +73,7 @@ def load_model(
     import transformers
 
     from s2ft.codecs.packed_folder import COMPRESSED
+    from s2ft.model.checkpoint import open_checkpoint
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -108,6 +109,9 @@ def load_model(
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
         found = (_packed_model if keep_packed else _from_pretrained)(auto, name, source, wanted)
     model, missing = (found, ()) if keep_packed else (found[0], sorted(found[1]["missing_keys"]))
+    if missing and is_compressed:  # before 5.24 transformers counted the weights that it unpacks
+        stored = open_checkpoint(source).tensors
+        missing = [one for one in missing if f"{one}_scale" not in stored]
     if missing:  # transformers fills them with random numbers
         raise ValueError(
             f"{name} lacks weights of the model, such as {missing[0]} ({len(missing)} in all): is it one of several "
