@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.attached.active import ON_TOP_OF, apart_from_active, parameters_to_save, switch
+from s2ft.adapter.adapter import ON_TOP_OF
+from s2ft.attached.active import apart_from_active, parameters_to_save, switch
 from s2ft.attached.mounting import check_one_place, starting_from_base
 from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (

@@ -16,6 +16,8 @@ from s2ft.model.fingerprint import Structure, difference, union
 from s2ft.model.weights import Delta
 from s2ft.selection import Selection
 
+ON_TOP_OF = "on_top_of"  # key in the info of an adapter: weights by name of the adapters that it was trained on top of
+
 
 @dataclass
 class Adapter:
@@ -199,7 +201,7 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
     )
     prompts = [{"prompt": adapter.info["prompt"]} for adapter, _ in parts if "prompt" in adapter.info]
     info = {
-        **first.info,
+        **{key: value for key, value in first.info.items() if key != ON_TOP_OF},
         **(prompts[0] if prompts else {}),
         "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts],
     }

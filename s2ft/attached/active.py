@@ -271,8 +271,6 @@ def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
 
 # ---- a trainable adapter on top of the active ones, on units that none of them trains -------------------------
 
-ON_TOP_OF = "on_top_of"  # key in the info of an adapter: weights by name of the adapters that it was trained on top of
-
 
 def apart_from_active(record: Attachment, config: S2FTConfig, couplings: Sequence[Coupling]) -> S2FTConfig:
     """Return a config that chooses no unit that an active adapter trains.

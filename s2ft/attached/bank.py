@@ -82,7 +82,11 @@ class AdapterBank:
             ),
             (
                 getattr(getattr(model, "config", None), "model_type", None) in NOT_BY_SEQUENCE + STACKS_GUIDANCE
-                or any(getattr(module, "batch_first", None) is False for module in model.modules()),
+                or any(
+                    isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+                    and not module.self_attn.batch_first
+                    for module in model.modules()
+                ),
                 f"{type(model).__name__} has layers whose inputs are not [sequences, ...]: use set_adapter",
             ),
         )

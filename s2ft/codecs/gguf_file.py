@@ -91,18 +91,24 @@ class GgufFile:
         return gguf.get_tensor_name_map(kinds[self.architecture], int(self.value("block_count")))
 
     @cached_property
-    def _processor(self) -> Callable[[numpy.ndarray, str], numpy.ndarray]:
-        """What transformers does to the values of a tensor, by its name, when it loads the file."""
+    def conversions(self) -> list[Any]:
+        """The steps by which transformers 5.24 loads some architectures, in the dtype of the model; none for others."""
         from transformers import AutoConfig
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         try:
-            from transformers.integrations.gguf import GGUF_ARCHS as converted
-        except ImportError:  # transformers below 5.24
-            converted = {}
-        if self.architecture in converted:
-            config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
-            return partial(_converted, converted[self.architecture](config))
+            from transformers.integrations.gguf import GGUF_ARCHS
+        except ImportError:
+            return []
+        make = GGUF_ARCHS.get(self.architecture)
+        return make(AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)) if make else []
+
+    @cached_property
+    def _processor(self) -> Callable[[numpy.ndarray, str], numpy.ndarray]:
+        """What transformers does to the values of a tensor, by its name, when it loads the file."""
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        if self.conversions:
+            return partial(_converted, self.conversions)
         heads, groups = self.value("attention.head_count"), self.value("attention.head_count_kv")
         options = {"num_attention_heads": heads, "num_key_value_heads": groups or heads}
         process = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=options).process
@@ -120,7 +126,9 @@ class GgufFile:
         Raises:
             ValueError: The file does not have it.
         """
-        for name in (f"{self._names.get_name(path)}.{part}", self._names.get_name(f"{path}.{part}")):
+        whole = self._names.get_name(f"{path}.{part}")  # of a parameter that is no weight
+        bias = f"{self._names.get_name(f'{path}.' + part.replace('_bias', '_proj'))}.bias"  # Qwen3.5's dt_bias
+        for name in (f"{self._names.get_name(path)}.{part}", whole, f"{whole}.weight", bias):
             if name in self.tensors:
                 return name
         raise ValueError(f"{self.path} has no tensor for {path}.{part}")
@@ -197,7 +205,7 @@ class GgufFile:
     def has_codec(self, path: str) -> bool:
         """Whether a weight of the file has a codec, and its blocks can be read one by one."""
         try:
-            self.codec(path)
+            self.part(path, torch.arange(0), 0)
         except ValueError:
             return False
         return True

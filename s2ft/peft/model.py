@@ -324,7 +324,13 @@ class S2FTPeftModel(BaseTuner):
         for what, keys in (("missing", expected - found), ("left over", found - expected)):
             if keys:
                 raise ValueError(f"the weights of adapter {adapter_name!r} don't fit its config: {min(keys)} is {what}")
-        for key, delta in layers.items():
-            if not torch.equal(mapped[f"{key}index"].cpu(), delta.index.cpu()):
-                raise ValueError(f"the weights of adapter {adapter_name!r} have other units than its config: {key}")
+        refuse(
+            *(
+                (
+                    not torch.equal(mapped[f"{key}index"].cpu(), delta.index.cpu()),
+                    f"the weights of adapter {adapter_name!r} have other units than its config: {key}",
+                )
+                for key, delta in layers.items()
+            )
+        )
         return mapped

@@ -10,11 +10,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import s2ft
-from s2ft.attached.active import ON_TOP_OF
+from s2ft.adapter.adapter import ON_TOP_OF
 from s2ft.text.models import dtype_of_base, load_model
 from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_text
 from s2ft.text.templates import as_template_takes, template_of
@@ -29,6 +30,11 @@ PROBES = (
 )
 # transformers' marks around what the assistant writes: llama-cpp-python, minijinja and others fail on them.
 BEGIN, END = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}"), re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
+
+
+@cache  # once a process
+def _warn_of_those_below(name: str, others: str) -> None:
+    logger.warning("%s was trained on top of %s, and is used without: s2ft combine makes the sum", name, others)
 
 
 def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> PromptFormat | None:
@@ -46,9 +52,8 @@ def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> Promp
         >>> recorded_format({"prompt": {"form": "chat", "template": "{{ messages }}", "system": "Be brief."}}).system
         'Be brief.'
     """
-    if info.get(ON_TOP_OF):
-        others = ", ".join(info[ON_TOP_OF])
-        logger.warning("%s was trained on top of %s, and is used without: s2ft combine makes the sum", name, others)
+    if isinstance(info.get(ON_TOP_OF), Mapping) and info[ON_TOP_OF]:
+        _warn_of_those_below(name, ", ".join(map(str, info[ON_TOP_OF])))
     if KEY not in info:
         return None
     values = info[KEY]

@@ -128,8 +128,11 @@ class AdapterCheckpoints:
         return super()._get_output_dir(trial) if self._temporary is None else str(self._temporary)
 
     def _determine_best_metric(self, metrics, trial):
-        """Whether a checkpoint is written with save_strategy best: also if the run stops here."""
-        return super()._determine_best_metric(metrics, trial) or self.control.should_save
+        """Whether a checkpoint is written with save_strategy best: also if the run stops here.
+
+        An evaluation that failed has no metrics.
+        """
+        return bool(metrics) and super()._determine_best_metric(metrics, trial) or self.control.should_save
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Upload nothing before the end: the Trainer would take a part of the adapter from an unfinished folder."""

@@ -307,10 +307,6 @@ class Reference(nn.Module):
         with torch.no_grad(), evaluation_mode(model), without_trainable(model):
             return model(*args, **inputs)
 
-    def forward(self, *args: Any, **inputs: Any) -> Any:
-        """The same as a call."""
-        return self(*args, **inputs)
-
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         """The weights that a call runs on, with the adapters below. By their hash TRL finds its cache of results."""
         state = self._model[0].state_dict(*args, **{**options, "keep_vars": True})

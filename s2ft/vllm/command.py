@@ -314,10 +314,8 @@ def check_options(options: Sequence[str]) -> None:
     Raises:
         ValueError: `s2ft serve` has an option of its own for one of them.
     """
-    for word in options:
-        name = word.partition("=")[0].replace("_", "-")
-        if word.startswith("--") and name in OWN:
-            raise ValueError(f"{name} can't be passed on to vLLM: use {OWN[name]} of s2ft serve")
+    names = [word.partition("=")[0].replace("_", "-") for word in options if word.startswith("--")]
+    refuse(*((name in OWN, f"{name} can't be passed on to vLLM: use {OWN.get(name)} of s2ft serve") for name in names))
 
 
 def _free_port(host: str) -> int:

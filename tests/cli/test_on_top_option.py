@@ -29,6 +29,7 @@ def test_each_run_trains_units_of_its_own_and_names_those_below(runs):
     assert overlap(adapters).units == 0
     below = [adapter.info.get("on_top_of") for adapter in adapters]
     assert below == [None, {"default": 1.0}, {"default": 1.0, "b": 1.0}]
+    assert "on_top_of" not in (adapters[1] + adapters[0]).info  # the sum needs no other
     assert all(any(values.abs().max() > 0 for values in deltas(run).values()) for run in runs)
 
 

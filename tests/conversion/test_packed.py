@@ -90,6 +90,8 @@ def test_a_file_of_which_transformers_reorders_rows_and_columns(dtype, tmp_path)
         path, _, part = name.rpartition(".")
         if part == "weight":
             torch.testing.assert_close(file.values(path).to(parameter), parameter, rtol=0.02, atol=0.005)
+    packed, ids = load_model(str(base), dtype, keep_packed=True)[0], torch.arange(20)[None]
+    torch.testing.assert_close(packed(ids).logits, model(ids).logits, rtol=0.05, atol=0.05)
     save_random_adapter(tmp_path / "math", model, 0.02, d_ratio=0.5, o_ratio=0.5, group=32, codec="auto")
     export_packed(str(base), tmp_path / "math", tmp_path / "tuned.gguf")
     tuned = s2ft.merge(model).state_dict()

@@ -75,6 +75,7 @@ READ = {
     ),
     "short answer": ({"instruction": "2+3=", "output": "5", "answer": ["5"]}, {"messages": CHAT, "answer": "5"}),
     "system": ({"system": "a", "messages": CHAT}, {"messages": [{"role": "system", "content": "a"}, *CHAT]}),
+    "a question of weight 0": ({"messages": [{**USER, "weight": 0}, {**ASSISTANT, "weight": 1}]}, {"messages": CHAT}),
     "no answer": ({"instruction": "2+3=", "output": "5", "answer": ""}, {"messages": CHAT}),
     "truth": ({"instruction": "2+3=", "output": "5", "answer": True}, {"messages": CHAT, "answer": "true"}),
 }  # fmt: skip

@@ -179,6 +179,10 @@ def test_test_split_of_a_named_data_set_is_held_out_if_the_run_evaluates(tmp_pat
     assert load_split(options, seed=0, evaluates=False)[1] is None
     with_data = DataOptions(data=[str(tmp_path / "a")], eval_data=[str(tmp_path / "a")], limit=1)
     assert [*map(questions, load_split(with_data, seed=0, eval_limit=4))][1] == EXPECTED[:2]  # not the training rows
+    (tmp_path / "b").mkdir()
+    write_jsonl(tmp_path / "b/train.jsonl", ROWS[:1])
+    both = DataOptions(data=[str(tmp_path / "a")], eval_data=[str(tmp_path / "a"), str(tmp_path / "b")])
+    assert questions(load_split(both, seed=0)[1]) == [*EXPECTED[:2], EXPECTED[0]]  # all of what is not trained on
     path = str(write_jsonl(tmp_path / "a.jsonl", ROWS))  # whose every split is the whole file
     assert load_split(DataOptions(dataset_name=path), seed=0)[1] is None
     sliced = DataOptions(dataset_name=path, eval_data=[path], dataset_train_split="train[4:]")

@@ -106,9 +106,12 @@ class DataOptions:
             known = ("path", "name", "data_dir", "data_files", "split", "revision", "columns", "fraction")
             if not isinstance(entry, dict) or not entry.get("path"):
                 raise ValueError(f"datasets, entry {number}: needs 'path', got {entry!r}")
-            for key in entry:
-                if key not in known:
-                    raise ValueError(f"datasets, entry {number}: unknown key {key!r}; known are {', '.join(known)}")
+            refuse(
+                *(
+                    (key not in known, f"datasets, entry {number}: unknown key {key!r}; known are {', '.join(known)}")
+                    for key in entry
+                )
+            )
 
     @property
     def renamed(self) -> dict[str, str]:

@@ -244,8 +244,11 @@ def _message(message: object, place: str) -> dict[str, Any]:
     known = ROLES.get(role.strip().lower())
     if known is None and names[0] == "from":
         raise BadRow(f"{place} has the role {role!r}; known are {', '.join(ROLES)}")
-    if message.get("weight") == 0:
-        raise BadRow(f"{place} has weight 0, which s2ft does not know: give --last-answer-only, or leave it out")
+    if message.get("weight") == 0 and known in ("assistant", "function_call"):
+        raise BadRow(
+            f"{place} has weight 0, which s2ft does not know: remove the field, and give --last-answer-only if the "
+            "last answer alone counts"
+        )
     calls = message.get("tool_calls")
     content = _content(message.get(names[1]), f"{place}.{names[1]}", may_be_null=bool(calls))
     result: dict[str, Any] = {"role": known or role.strip(), "content": content}

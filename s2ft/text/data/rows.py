@@ -57,7 +57,8 @@ def load_rows(
     Args:
         options: The options of the data.
         data: Files, folders or names to read in place of those that the options name.
-        split: The split to read. None reads `options.dataset_train_split`.
+        split: The split to read. None reads `options.dataset_train_split`, and of `data` that the options train on
+            `options.dataset_test_split`.
         limit: Read the first rows only. None reads as many as `options.limit` says.
         scored: Whether the rows are for evaluation. The output may then be empty if there is a field `answer`.
         shape: The kind of rows: by default examples with an answer.
@@ -130,9 +131,7 @@ def load_split(
     """
     train = load_rows(options, shape=shape)
     if options.eval_data:
-        is_same = not {*options.data, options.dataset_name}.isdisjoint(options.eval_data)
-        split = options.dataset_test_split if is_same else options.dataset_train_split.partition("[")[0]
-        return train, load_rows(options, data=options.eval_data, split=split, limit=eval_limit or 1 << 62, shape=shape)
+        return train, load_rows(options, data=options.eval_data, limit=eval_limit or 1 << 62, shape=shape)
     if options.test_split_size:
         size = options.test_split_size
         if size >= len(train):
@@ -149,12 +148,16 @@ def load_split(
 
 def _entries(options: DataOptions, data: Sequence[str] | None, split: str | None) -> list[dict[str, Any]]:
     """What is read, as the arguments of `read_rows` and the fraction of a mixture."""
-    split = split or options.dataset_train_split
+    train = options.dataset_train_split
     if data is None and options.datasets:
-        return [{"split": split, **entry} for entry in options.datasets]
+        return [{"split": split or train, **entry} for entry in options.datasets]
     names = data if data is not None else options.data or [options.dataset_name] * bool(options.dataset_name)
-    of_hub = {"split": split, "name": options.dataset_config, "revision": options.dataset_revision}
-    return [{"path": str(name), **of_hub} for name in names]
+    of_hub = {"name": options.dataset_config, "revision": options.dataset_revision}
+    is_held_out = data is not None  # other rows of what is trained on, and all of another source
+    trained = {*options.data, options.dataset_name, *(one["path"] for one in options.datasets)} if is_held_out else ()
+    other = train.partition("[")[0] if is_held_out else train
+    test = options.dataset_test_split
+    return [{"path": str(one), "split": split or (test if one in trained else other), **of_hub} for one in names]
 
 
 def _fractions(entries: Sequence[dict[str, Any]]) -> list[float] | None:
