@@ -54,7 +54,7 @@ def test_what_is_a_chat(template, info, is_chat):
 
 @pytest.mark.parametrize("wrong", ["chat", ["chat"], {"form": "chit"}, {"form": "chat", "template": 3}], ids=str)
 def test_a_damaged_record_is_named(wrong, caplog):
-    assert recorded_format({"on_top_of": {"a": 1.0}}, "b") is None and "b was trained on top of a" in caplog.text
+    assert recorded_format({"on_top_of": {"a": 1.0}}, str(wrong)) is None and "trained on top of a" in caplog.text
     assert recorded_format({}) is None and recorded_format(info_of()).template == OTHER
     with pytest.raises(ValueError, match="adapter 'a' records"):
         Prompter(tiny_tokenizer(), {"prompt": wrong}, name="adapter 'a'")
