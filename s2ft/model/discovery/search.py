@@ -8,6 +8,7 @@ proposal of a block that holds, for all blocks of a pattern, is right.
 What the trials confirm can move; what they don't is trained in place, or one layer by itself.
 """
 
+import gc
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -428,7 +429,10 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
         TypeError: The example is of another type.
     """
     key = _key(model) if example is None else None
-    found = (_FOUND.get(key) if key is not None else None) or search(model, trial_of(model, example))
+    found = _FOUND.get(key) if key is not None else None
+    if found is None:
+        found = search(model, trial_of(model, example))
+        gc.collect()  # twins, each of which is in a cycle with its forward
     if key is not None:
         _FOUND.clear()
         _FOUND[key] = found

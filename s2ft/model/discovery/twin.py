@@ -8,13 +8,11 @@ is a million times smaller than any real change.
 """
 
 import copy
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -485,12 +483,7 @@ def _prepared(model: Any, dtype: torch.dtype) -> nn.Module:
             model.set_attn_implementation("eager")  # other kernels need a GPU or half precision
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the grouped matrix product of PyTorch takes no float64
-        own = model.forward
-        # weakly, so that a twin goes with its last user
-        held: Any = WeakMethod(own) if inspect.ismethod(own) and own.__self__ is model else lambda: own
-        forward: Any = partial(_in_float64, held)
-        forward.__signature__ = inspect.signature(own)
-        model.forward = forward
+        model.forward = update_wrapper(partial(_in_float64, model.forward), model.forward)
     return model
 
 
@@ -545,13 +538,13 @@ class _InFloat64(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _in_float64(forward: Callable[[], Callable], *args: Any, **options: Any) -> Any:
+def _in_float64(forward: Callable, *args: Any, **options: Any) -> Any:
     """Run a forward in float64. It is no pair of hooks, which PyTorch leaves out after an interrupt."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with _InFloat64():
-            return forward()(*args, **options)
+            return forward(*args, **options)
     finally:
         torch.set_default_dtype(default)
 
