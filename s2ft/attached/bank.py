@@ -33,9 +33,12 @@ from s2ft.model.parts import tower_of, trained_towers
 from s2ft.model.weights import Delta, find
 from s2ft.ops import multi_adapter_linear
 
-# Types with layers that get the time first, or the tokens of each expert, so that no row is known to be of a sequence
-NOT_BY_SEQUENCE = ("xlnet", "fsmt", "longformer", "led", "switch_transformers", "nllb-moe")
-STACKS_GUIDANCE = ("musicgen", "musicgen_melody", "dia")  # all rows, and then all of them without the prompt
+# Types of which no row is known to be of a sequence
+NOT_BY_SEQUENCE = (
+    *("xlnet", "fsmt", "longformer", "led"),  # the time is first
+    *("switch_transformers", "nllb-moe"),  # the tokens of each expert
+    *("musicgen", "musicgen_melody", "dia"),  # guidance: all rows, and then all of them without the prompt
+)
 
 
 class AdapterBank:
@@ -81,7 +84,7 @@ class AdapterBank:
                 f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}",
             ),
             (
-                getattr(getattr(model, "config", None), "model_type", None) in NOT_BY_SEQUENCE + STACKS_GUIDANCE
+                getattr(getattr(model, "config", None), "model_type", None) in NOT_BY_SEQUENCE
                 or any(
                     isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
                     and not module.self_attn.batch_first

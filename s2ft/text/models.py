@@ -121,6 +121,12 @@ def load_model(
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
             model.__dict__.pop(attribute, None)
         model.config.__dict__.pop("quantization_config", None)
+        for module in model.modules():  # before transformers 5.24 a cache of weights, and the scales of the file, stay
+            module._parameters = {
+                key: parameter
+                for key, parameter in module._parameters.items()
+                if key in ("weight", "bias") or not hasattr(module, "quantization_scheme")
+            }
         model.config._name_or_path = model.name_or_path = str(Path(source, options["gguf_file"])) if is_gguf else name
     if model.config.model_type in ("recurrent_gemma", "rwkv", "xlstm"):
         model.register_forward_pre_hook(_refuse_what_is_ignored, with_kwargs=True)

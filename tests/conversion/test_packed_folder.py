@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from conversion.test_codec_training import train
 from conversion.test_packed import WIDE
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,8 @@ def make_base(folder, form, **options):
 
 @pytest.fixture(scope="module", params=FORMATS)
 def base(request, tmp_path_factory):
+    if request.param == "int4 with zeros" and transformers.__version__.startswith("5.0."):
+        pytest.skip("transformers 5.0 can't unpack zero points")
     return make_base(tmp_path_factory.mktemp("base"), request.param)
 
 

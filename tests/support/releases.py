@@ -1,7 +1,7 @@
 """Runs tests in an environment with other packages: python tests/support/releases.py NAME [pytest's arguments].
 
-NAME is a release of transformers, such as 5.0.0, with which the tables of model types run, or a name in PACKAGES, with
-which the tests run that have its marker, slow ones too. The environment lies beside this one, takes all other packages,
+NAME is a release of transformers, such as 5.0.0, with which TABLES run, or a name in PACKAGES, with which the tests
+run that have its marker, slow ones too. The environment lies beside this one, takes all other packages,
 s2ft among them, from this one, and is made once. vLLM needs the PyTorch of this one, for which s2ft is compiled.
 """
 
@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TABLES = ("tests/test_model_types.py", "tests/test_attach.py", "tests/test_families.py")
+TABLES = (
+    *("tests/test_model_types.py", "tests/test_attach.py", "tests/test_families.py"),
+    "tests/conversion/test_packed_folder.py",  # releases leave other things of compressed-tensors in the model
+)
 # name → what pip installs, what it removes, and the marker of the tests. DeepSpeed's setup needs the PyTorch that is
 # here. vLLM imports what is removed if it is there, and the builds that come with it are for another PyTorch.
 PACKAGES = {
