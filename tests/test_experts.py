@@ -106,8 +106,9 @@ def with_experts_of(kind):
     return model
 
 
-def test_experts_with_a_hook_of_accelerate_train():
-    plain, model = model_of("mixtral"), model_of("mixtral")
+@pytest.mark.parametrize("case", ("mixtral", "llama"))
+def test_blocks_with_a_hook_of_accelerate_train(case):
+    plain, model = model_of(case), model_of(case)
     devices = {name: "cpu" for name, _ in model.named_modules() if name.count(".") == 2 or name == "lm_head"}
     devices |= {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
     dispatch_model(model, devices, main_device="cpu", force_hooks=True)  # as device_map does for several devices

@@ -17,6 +17,7 @@ from train.tiny import save_random_adapter, save_tiny, sums, tiny_model, write_j
 import s2ft
 from s2ft import Coupling, S2FTConfig
 from s2ft.cli.main import main
+from s2ft.peft import S2FTPeftConfig
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -129,6 +130,7 @@ def coupled(producer, consumer):
 
 
 ATTACHING = [
+    (lambda world: s2ft.attach(world.model, S2FTPeftConfig(d_ratio=0.1)), TypeError, "S2FTConfig S2FTPeftConfig"),
     (lambda world: s2ft.attach(world.model, {"d_ratio": 0.1}), TypeError, "S2FTConfig dict"),
     (attach(), ValueError, "selected ratio"),
     (attach(d_ratio=0.1, layers=[9]), ValueError, "9"),
@@ -421,6 +423,7 @@ COMMANDS = [
     (command(SFT + " {data} --eval-task arithmetic"), "eval_task eval_data test_split_size"),
     (command(SFT + " {data} --eval-strategy epoch"), "evaluation eval_data"),
     (command(SFT + " {data} --eval-data none.jsonl"), "none.jsonl"),
+    (command(SFT + " {data} --early-stopping-patience 2 --save-strategy no"), "load_best_model_at_end save_strategy"),
     (command(SFT + " {data} --calibration-examples 4"), "calibration_examples effect"),
     (command(SFT + " {data} --on-top {root}/nothing"), "nothing"),
     (command(SFT + " {data} --stop-at-forgetting 0.1"), "stop_at_forgetting forgetting_data"),
@@ -494,6 +497,11 @@ COMMANDS = [
         "chat_template_kwargs record",
     ),
     (command(GRPO + " --rewards format --num-iterations 3 --save-steps 4", tasks=TASK), "save_steps 4 3"),
+    (command(GRPO + " --rewards format --num-iterations 3 --save-steps 0.5", tasks=TASK), "save_steps 0.5 3"),
+    (
+        command(GRPO + " --rewards answer_equal --eval-data {held}", tasks=TASK, held='{"question": "1+1="}'),
+        "answer_equal 'answer'",
+    ),
     (command(GRPO + " --rewards format --sync-ref-model true --beta 0.1", tasks=TASK), "sync_ref_model base"),
     (
         command(GRPO + " --rewards format --use-transformers-continuous-batching true", tasks=TASK),

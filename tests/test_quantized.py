@@ -142,6 +142,8 @@ def test_adapters_load_on_other_kinds_of_quantization_and_on_no_other_base(tmp_p
             s2ft.load_adapter(base, tmp_path, trainable=True)
         with pytest.raises(ValueError, match="another base"):
             s2ft.load_adapter(quantized(kind, seed=1), tmp_path, trainable=True)
+    permuted = s2ft.get_adapter(with_adapter(plain(), replace(INDEXED, layout="permuted")), "default")
+    s2ft.load_adapter(quantized("nf4"), permuted, trainable=True)  # which reorders nothing
 
 
 # ---- what is refused ------------------------------------------------------------------------------------

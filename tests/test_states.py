@@ -1,6 +1,7 @@
 """State dicts, files and casts of attached models contain the weights of the base."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,15 @@ def test_a_weight_that_cannot_be_trained_is_refused_by_name(change, layout, word
     with pytest.raises(ValueError, match=words):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
     assert same(model.state_dict(), before) and s2ft.status(model).adapters == []
+
+
+@layouts
+def test_a_state_of_other_units_is_refused(layout):
+    config = S2FTConfig(d_ratio=0.1, layout=layout, seed=1)
+    model, other = (with_adapter(model_of("llama-grouped"), replace(config, seed=seed)) for seed in (1, 2))
+    with pytest.raises(ValueError, match="of other units of model.layers.0.mlp.down_proj"):
+        other.load_state_dict(model.state_dict())
+    model.load_state_dict(dict(model.state_dict()))  # without PyTorch's notes about the state
 
 
 @layouts

@@ -191,7 +191,7 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
         raise ValueError(f"{tensors_path} is damaged, or was saved with another {CONFIG}: its sha256 differs")
     for name in extra_weights:
         check_finite(name, tensors[EXTRA + name])
-    selection = Selection({name: torch.tensor(entry["units"]) for name, entry in projections.items()})
+    selection = Selection({name: torch.tensor(entry["units"], device="cpu") for name, entry in projections.items()})
     if selection.digest != header.get("selection_digest"):
         raise ValueError(f"{path}: the units listed are not the ones that were saved")
     adapter = Adapter(

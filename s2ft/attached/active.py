@@ -42,7 +42,7 @@ from s2ft.distributed import (
     write_units,
 )
 from s2ft.files.reading import check_parameter
-from s2ft.layers.base import write_all
+from s2ft.layers.base import own_memory, write_all
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
@@ -121,6 +121,7 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
         mounted.layer.unfuse()
         mounted.layer.enabled = False
     for entry in reversed(record.written):
+        own_memory(weight_at(model, entry.projection).tensor)
         with weight_at(model, entry.projection).shard() as shard:
             index, base = entry.index, entry.base
             if index is None:  # the model may have been sharded since
@@ -259,6 +260,17 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
             "version 1 do this inside FullyShardedDataParallel.summon_full_params(model, writeback=False). Else give a "
             "gathered state"
         )
+
+
+def coded_deltas(record: Attachment, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """Return the deltas of :func:`mounted_deltas`; those that a codec rounds are what the base's file will hold."""
+    found = dict(deltas)
+    for name, (mount, part) in record.parts.items():
+        if (rounding := mount.layer.rounding) is not None:
+            values = rounding.delta(mount.layer.full_s2().detach())
+            positions = part.positions.to(values.device)
+            found[name] = replace(found[name], values=values.index_select(rounding.dim, positions))
+    return found
 
 
 def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
@@ -580,6 +592,7 @@ def write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
     """Give parameters whole values by name. Every rank of a sharded model must call this."""
     for name, value in values.items():
         parameter = parameters[name]
+        own_memory(parameter)
         if full_shape(parameter) != value.shape:
             raise ValueError(
                 f"{name} has another shape than when it was recorded: give it that one again, and call s2ft.detach "

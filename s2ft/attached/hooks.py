@@ -36,7 +36,7 @@ that reads a weight past its layer, and for weights that are spread over ranks, 
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -122,7 +122,7 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
     """
     for path in experts_modules(coupling):
         block = model.get_submodule(path)
-        if block.__dict__.get(_place_of_forward(block)) in (None, MethodType(type(block).forward, block)):
+        if _has_own_forward(block):
             activation = act_mul_of(block) if cast(S2FTConfig, record.config).ffn_kernel else None
             act_class = type(getattr(block, "act_fn", None))
             options = {} if activation is None else {"activation": activation, "act_class": act_class}
@@ -136,7 +136,7 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
             )
     if coupling.activation is not None and coupling.block is not None and cast(S2FTConfig, record.config).ffn_kernel:
         block = model.get_submodule(coupling.block)
-        if "forward" not in block.__dict__:
+        if _has_own_forward(block):
             forward = partial(gated_forward, block, activation=coupling.activation, act_class=type(block.act_fn))
             _put(block, coupling.block, forward, record)
 
@@ -144,6 +144,10 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
 def _put(block: nn.Module, path: str, forward: partial, record: Attachment) -> None:
     record.forwards[path] = forward
     setattr(block, _place_of_forward(block), forward)
+
+
+def _has_own_forward(block: nn.Module) -> bool:
+    return block.__dict__.get(_place_of_forward(block)) in (None, MethodType(type(block).forward, block))
 
 
 def _place_of_forward(block: nn.Module) -> str:
@@ -338,13 +342,18 @@ def named_tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Ten
             yield prefix + name, tensor
 
 
+UNITS = "s2ft_units"  # entry of a state's metadata: the digest of the selection
+
+
 def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Post-hook of state_dict: replace weights that differ from the base by copies in the base's order."""
     record = attachment_of(model)
+    if record.selection is not None:
+        metadata[UNITS] = record.selection.digest
     if record.awaits_weights or not (record.moves or record.mounts):
         return  # no unit has moved and no trainable layer runs
     order, copies, is_fsdp = _BaseOrder(model, record), {}, bool(managed_by_fsdp(model))
-    aside = _aside(model, record)
+    aside, overwritten = _held(model, record.extra.trained), _held(model, record.extra.overwritten)
     for key, tensor in named_tensors(model, prefix):
         found = state.get(key)
         # keep_vars=True returns the parameters themselves
@@ -352,6 +361,8 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
             continue
         if id(tensor) in aside:
             state[key] = record.extra.trained[aside[id(tensor)]].clone()
+        if id(tensor) in overwritten:
+            state[key] = record.extra.overwritten[overwritten[id(tensor)]].clone()
         if not order.changed(tensor):
             continue
         if is_spread(tensor) and (not is_dtensor(tensor) or is_fsdp):
@@ -366,9 +377,10 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
     state.update(entries)
 
 
-def _aside(model: nn.Module, record: Attachment) -> dict[int, str]:
-    """The extra weights that hold the base while the adapter is off, by id. A state has their trained values."""
-    found = {name: model.get_parameter(name) for name in record.extra.trained}
+def _held(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, str]:
+    """The names of extra weights by id. A state has the values that the record keeps: those of the trainable adapter
+    while it is off, and the base of those that loaded adapters have overwritten."""
+    found = {name: model.get_parameter(name) for name in values}
     return {id(parameter): name for name, parameter in found.items() if not is_spread(parameter)}
 
 
@@ -377,7 +389,7 @@ def _in_place_of_parameters(record: Attachment, prefix: str) -> dict[str, S2Laye
     return {prefix + path: mounted.layer for path, mounted in record.mounts.items() if mounted.original is None}
 
 
-def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
     """Pre-hook of load_state_dict: check that the weights of couplings are the base's, and keep them unchanged.
 
     The base of weights that were unfrozen by hand is recorded first.
@@ -387,6 +399,12 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     """
     record = attachment_of(model)
     keep_base_of_unfrozen(model, record)
+    digest = getattr(record.selection, "digest", None)
+    for path, mounted in record.mounts.items():
+        index, found = mounted.layer.index, state.get(f"{prefix}{path}.index")
+        is_other = index is not None and found is not None and not torch.equal(found.to(index), index)
+        if is_other or metadata.get(UNITS, digest) != digest:
+            raise ValueError(f"the state is of other units of {path} than those that this model trains")
     for key in _in_place_of_parameters(record, prefix):
         if key in state:
             state[f"{key}.weight"] = state.pop(key)
@@ -396,11 +414,14 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     frozen = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
     read_only = (module for module in model.modules() if kind_of(module).read_only)
     frozen -= {id(parameter) for module in read_only for parameter in module.parameters()}
-    order, same, taken, aside = _BaseOrder(model, record), {}, {}, _aside(model, record)
+    order, same, taken = _BaseOrder(model, record), {}, {}
+    aside, overwritten = _held(model, record.extra.trained), _held(model, record.extra.overwritten)
     for key, tensor in named_tensors(model, prefix):
         found = state.get(key)
         if id(tensor) in aside and isinstance(found, Tensor) and found.shape == tensor.shape:
             taken[aside[id(tensor)]], same[key] = found.detach().to(tensor, copy=True), tensor
+        elif id(tensor) in overwritten and isinstance(found, Tensor):
+            same[key] = tensor  # the loaded adapter that has it stays active
         elif id(tensor) in frozen and isinstance(found, Tensor) and not is_spread(tensor) and not is_spread(found):
             if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
                 continue  # PyTorch raises an error that names what does not fit

@@ -16,6 +16,7 @@ from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.attached.active import (
     all_or_nothing,
     check_can_put_on_extra,
+    coded_deltas,
     deactivate,
     place_loaded,
     set_extra,
@@ -46,7 +47,7 @@ from s2ft.config import refuse
 from s2ft.distributed import check_not_in_engine
 from s2ft.files.reading import has_adapter
 from s2ft.model.fingerprint import structure_of
-from s2ft.model.weights import check_own_memory
+from s2ft.model.weights import check_own_memory, weight_at
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
@@ -154,6 +155,8 @@ def load_adapter(
             adapter = replace(adapter.to(device), device=torch.device(device))
         _load(model, record, adapter, active)
         return
+    if any(weight_at(model, record.projections[path]).read_only for path in adapter.deltas):
+        adapter.config = replace(adapter.config, layout="indexed")  # units of quantized weights can't move
     with starting_from_base(model, record):
         mount_proved(model, record, adapter.config, adapter.selection, adapter.name, verify, example)
         set_mounted_deltas(record, adapter.deltas)
@@ -287,7 +290,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        set_adapter(model, active)
+        if find_attachment(model) is not None:  # what was deleted or renamed meanwhile stays off
+            set_adapter(model, {name: weight for name, weight in active.items() if name in record.names})
 
 
 @on_unwrapped
@@ -407,11 +411,7 @@ def freeze_adapter(model: nn.Module) -> None:
     check_not_in_engine(model, "freezing the trainable adapter", removes=True)
     adapter = get_adapter(model, record.name)
     check_plain_and_untied(model, record, adapter.deltas)
-    for name, (mount, part) in record.parts.items():
-        if (rounding := mount.layer.rounding) is not None:
-            values = rounding.delta(mount.layer.s2.detach())
-            values = values.index_select(rounding.dim, part.positions.to(values.device))
-            adapter.deltas[name] = replace(adapter.deltas[name], values=values)
+    adapter.deltas = coded_deltas(record, adapter.deltas)
     end_training(model, record, adapter)
 
 

@@ -6,6 +6,7 @@ back already. :func:`unmount` and :func:`make_plain` can be called at any time.
 """
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -91,6 +92,8 @@ from s2ft.model.weights import (
 )
 from s2ft.selection import Selection
 
+logger = logging.getLogger(__name__)
+
 # ---- training through the codec of a packed base --------------------------------------------------------------------
 
 
@@ -102,16 +105,24 @@ def set_codecs(model: nn.Module, record: Attachment, config: S2FTConfig) -> None
     Raises:
         ValueError: A weight is not that of the files, its type has no codec, or something spreads or shares it.
     """
-    if config.codec == "none":
-        return
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    base = packed_base(name) if name.endswith(".gguf") or is_here(name) else None  # a file that is gone is an error
+    base = None if config.codec == "none" else files_of(model)
     if base is None:
         return
     if record.awaits_weights:
-        raise ValueError(f"codec={config.codec!r} needs the weights of {name}: load them before attach")
+        raise ValueError(f"codec={config.codec!r} needs the weights of {base.path}: load them before attach")
     for path, mounted in record.mounts.items():
         mounted.layer.rounding = _rounding_of(base, path, mounted)
+
+
+def files_of(model: nn.Module) -> GgufFile | PackedFolder | None:
+    """The packed files that a model was loaded from; None if they are not packed, or without a codec."""
+    config = getattr(model, "config", None)
+    name = str(getattr(config, "_name_or_path", ""))
+    if name.endswith(".gguf") or is_here(name):  # a .gguf file that is gone is an error
+        return packed_base(name)
+    if getattr(config, "quantization_config", None) is not None:
+        logger.warning("warning: %r is not found here, so the codec of the quantized base is not used", name)
+    return None
 
 
 @on_unwrapped

@@ -11,7 +11,6 @@ So rounding errors of one block do not reach the next, and the first block that 
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
@@ -21,6 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import add_deltas, deactivate, set_mounted_deltas
@@ -349,13 +349,13 @@ class Proof:
         parts = (one for module in model.modules() for one in (module, getattr(module, "config", None)))
         dropping = {id(one): one for one in parts if "layerdrop" in getattr(one, "__dict__", ())}
         record.snapshot = Snapshot(model, {mount.layer for mount in record.mounts.values()}, others)
+        stance = eval_frame._stance
         try:
             with ExitStack() as stack:
                 for path in self.places if hook else ():
                     at_place = partial(_call_with_first, partial(cast(Callable, hook), path), count())
                     stack.callback(model.get_submodule(path).register_forward_hook(at_place).remove)
-                if "torch._dynamo" in sys.modules:
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
                 for context in (seeded(model, seed), torch.inference_mode(False), gathered_forwards(model)):
                     stack.enter_context(context)
                 stack.enter_context(torch.set_grad_enabled(backward))
@@ -369,6 +369,9 @@ class Proof:
                 if backward:
                     self._run_backward(output)
         finally:
+            eval_frame._set_stance(
+                stance
+            )  # an interrupt where the context begins would turn torch.compile off for good
             record.snapshot.restore()
             record.snapshot = None
             reshard_after_run(model)  # so that units move on the shards, not on gathered weights

@@ -43,8 +43,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the model that torch.compile has wrapped. Any other model is returned unchanged."""
-    while "_orig_mod" in getattr(model, "_modules", ()):
-        model = cast(nn.Module, model._modules["_orig_mod"])
+    while "_orig_mod" in {**vars(model), **vars(model).get("_modules", {})}:  # accelerate keeps it as an attribute
+        model = cast(nn.Module, model._orig_mod)
     return model
 
 

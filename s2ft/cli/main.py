@@ -2,6 +2,7 @@
 
 import _thread
 import importlib
+import io
 import logging
 import os
 import re
@@ -120,6 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in arguments or os.environ.get(TRACEBACK, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without a character gets its number, and no error
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2

@@ -86,7 +86,8 @@ class WithMinimum(Gguf):
 
     def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
         smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        yield as_half((largest - smallest) / float(self.levels.max())), as_half(smallest)
+        count = self.levels.max().to(values)  # a GPU would multiply by the rounded inverse of a Python number
+        yield as_half((largest - smallest) / count), as_half(smallest)
 
     def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales:
         scale, minimum = fitted_lines(values, levels)

@@ -73,13 +73,14 @@ class PackedFolder:
         if is_nf4(self._settings):
             return Nf4(packed or self.packed(path))
         check_packages("a model of compressed-tensors")
+        from compressed_tensors.quantization import QuantizationArgs
         from compressed_tensors.utils import is_match
 
         groups = self._settings["config_groups"].values()
         for module in (torch.nn.Identity(), torch.nn.Linear(1, 1, device="meta")):  # a name precedes a class
             for group in groups:
                 if is_match(path, module, group["targets"], self._settings.get("ignore") or ()):
-                    return codec_of(group["weights"])
+                    return codec_of(QuantizationArgs.model_validate(group["weights"]).model_dump(mode="json"))
         raise ValueError(f"{self.path}: the weight of {path} is not packed")
 
     def unit_blocks(self, path: str, index: Tensor, dim: int) -> tuple[Codec, Blocks]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.attached.active import extra_values, mounted_deltas, write_changed_layers
+from s2ft.attached.active import coded_deltas, extra_values, mounted_deltas, write_changed_layers
 from s2ft.attached.hooks import named_tensors
 from s2ft.attached.record import Attachment, attachment_of, check_plain_and_untied, coupled_names, on_unwrapped
 from s2ft.config import refuse
@@ -177,7 +177,7 @@ def _changes(model: nn.Module, record: Attachment) -> Changes:
     deltas = {name: record.loaded[name].deltas for name in record.active if name != record.name}
     extra = {k: v for name in deltas for k, v in record.loaded[name].extra_weights.items()}
     if record.name in record.active:
-        deltas[cast(str, record.name)] = mounted_deltas(record)
+        deltas[cast(str, record.name)] = coded_deltas(record, mounted_deltas(record))
         extra.update(extra_values(model, record))
     written = {name: weight for name, weight in record.active.items() if not (name == record.name and record.trains)}
     passes: dict[str, list[Sum]] = {
@@ -272,7 +272,8 @@ class _ModelSource(BaseSource):
         return {name: self._read(name) for name in names}
 
     def _read(self, name: str) -> Tensor:
-        assert name == self._rest.pop(0), "weights must be read in one order on all ranks"
+        if self._rest.pop(0) != name:
+            raise RuntimeError("weights must be read in one order on all ranks")
         tensor = self._tensors[cast(str, _find(self._tensors, name))]
         with full_values(tensor) as full:
             values = full.to("cpu", copy=True)

@@ -374,7 +374,7 @@ def _split(path: str, projections: list[Projection], index: Tensor, values: Tens
     dim, rest = projections[0].dim, set(index.tolist())
     index, order = index.sort()
     for projection in projections:
-        inside = torch.isin(projection.elements(torch.arange(projection.count)), index)
+        inside = torch.isin(projection.elements(torch.arange(projection.count, device="cpu")), index)
         units = inside.view(projection.count, projection.unit).all(1).nonzero().flatten()
         if units.numel():
             elements = projection.elements(units)

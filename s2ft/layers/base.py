@@ -632,7 +632,7 @@ class S2Layer(TrainableLayer):
         """Keep the base of what this process owns. If the weight was whole, it has been spread since."""
         weight = self.weight
         if isinstance(self.base, Tensor):
-            self.base = [here.clone() for _, _, here in self._own_parts(weight, self.base)]
+            self.base = [here.to(matrix.device, copy=True) for matrix, _, here in self._own_parts(weight, self.base)]
         elif self.base is None:
             self.base = [matrix.index_select(self.dim, index) for matrix, index, _ in self._own_parts(weight)]
 
@@ -679,7 +679,7 @@ class S2Layer(TrainableLayer):
         with WRITING:
             state = {**self.__dict__, **self._FORGOTTEN}
             if self.base is None and self.kind.read_only is None and not (self.awaits_order or is_spread(self.weight)):
-                state["base"] = self._units(self.weight)  # averages of copies change the weight and s2 alike
+                state["base"] = self._units(self.weight).clone()  # averages of copies change the weight and s2 alike
             state = copy.deepcopy(state, memo)
         made.__setstate__(state)
         return made
@@ -695,9 +695,8 @@ class S2Layer(TrainableLayer):
         super().__setstate__(state)
         weight = self._parameters.get("weight")
         self._base_of = id(weight)
-        if weight is not None and weight.device.type == "cpu" and weight.is_shared():
-            weight.data = weight.data.clone()  # torch.multiprocessing sends tensors in shared memory
         if weight is not None:
+            own_memory(weight)
             self._whole = stamp(local_part(weight))[1]
         if isinstance(self.base, Tensor) and weight is not None:
             self._written = (
@@ -725,6 +724,12 @@ class S2Layer(TrainableLayer):
         """The selected units and whether the layer is on."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
         return units + ("" if self.enabled else ", off")
+
+
+def own_memory(weight: Tensor) -> None:
+    """Give a weight memory of its own, since torch.multiprocessing sends tensors in memory that processes share."""
+    if weight.device.type == "cpu" and not is_spread(weight) and weight.is_shared():
+        weight.data = weight.data.clone()
 
 
 def beside(index: Tensor, weight: Tensor) -> Tensor:

@@ -634,7 +634,7 @@ def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool)
         ),
     )
     _check_numbers(projection, where, f" of {projection.path}", count=1, unit=1, start=0, stride=1, size=1, expert=0)
-    last = int(projection.elements(torch.tensor([projection.count - 1])).max())
+    last = int(projection.elements(torch.tensor([projection.count - 1], device="cpu")).max())
     refuse(
         (
             not isinstance(projection.transposed, bool) or projection.transposed and projection.expert is None,

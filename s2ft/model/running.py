@@ -156,7 +156,9 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
         with torch.random.fork_rng(sorted(devices, key=str)):
-            torch.manual_seed(seed)
+            generators = [torch.cuda.default_generators[device.index] for device in devices]
+            for generator in (torch.random.default_generator, *generators):
+                generator.manual_seed(seed)
             random.seed(seed)
             numpy.random.seed(seed)
             yield
@@ -428,13 +430,15 @@ def placed(model: nn.Module, values: dict[str, Tensor], device: Any = None) -> d
 def _value(name: str, config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor | None:
     text, vision = getattr(config, "text_config", None) or config, getattr(config, "vision_config", None) or config
     if name in ("input_ids", "decoder_input_ids") and hasattr(text, "vocab_size"):
-        return torch.randint(text.vocab_size, (rows, length), generator=generator)
+        return torch.randint(text.vocab_size, (rows, length), generator=generator, device="cpu")
     if name == "pixel_values" and hasattr(vision, "image_size"):
         size = vision.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator)
+        return torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator, device="cpu")
     if name == "input_features" and hasattr(config, "num_mel_bins"):
-        return torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+        return torch.randn(
+            rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator, device="cpu"
+        )
     return None
 
 

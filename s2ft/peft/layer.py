@@ -200,10 +200,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             return self._trainable("", names).forward(*args, **kwargs)
         delta, run = self.sum_of("", names), self.kind.run_with_delta
         if hook is None or self.kind.read_only:
-            return run(self.base_layer, args[0], delta.values, delta.index, self.dim)
-        (x,), _ = hook.pre_forward(self.base_layer, args[0])  # accelerate's hook loads weights that are offloaded
+            return run(self.base_layer, args[0], delta.values, delta.index, self.dim, *args[1:], **kwargs)
+        (x, *rest), kwargs = hook.pre_forward(self.base_layer, *args, **kwargs)  # it loads weights that are offloaded
         values, index = delta.values.to(x.device), delta.index.to(x.device)
-        return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim))
+        return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim, *rest, **kwargs))
 
     # ---- base + delta in the weight, from the forward to the step of the optimizer -----------------------
 
@@ -213,6 +213,11 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         PEFT and its users expect the base in the weight. So the base is back after the step of the optimizer, and
         whenever the weight is merged, saved, copied, or asked for.
         """
+        is_grad_enabled = torch.is_grad_enabled()  # tensors of inference mode have no versions and no gradients
+        with torch.inference_mode(False), torch.set_grad_enabled(is_grad_enabled):
+            return self._layer_of(weight, names)
+
+    def _layer_of(self, weight: str, names: Sequence[str]) -> S2Layer:
         delta = self.sum_of(weight, names)
         key = [self.deltas_of(name).get(weight) for name in names]
         known, layer = cast("tuple[Any, Any]", self._running.get(weight, (None, None)))

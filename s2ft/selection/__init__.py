@@ -181,7 +181,7 @@ def with_units(config: S2FTConfig) -> S2FTConfig:
     Raises:
         TypeError: It is not an S2FTConfig.
     """
-    if not isinstance(config, S2FTConfig):
+    if not isinstance(config, S2FTConfig) or hasattr(config, "peft_type"):  # PEFT's has fields that no folder takes
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     units = Selection.load(config.units).to_dict() if isinstance(config.units, str) else config.units
     return replace(config, units=units)  # a copy, so that the caller may change its own
@@ -470,8 +470,8 @@ def over_layers(request: Request, scores: Units, counts: dict[str, int], allowed
         )
         costs = [unit_parameters(request.model, p) for p in projections]
         parameters = sum(cost * counts[p.name] for p, cost in zip(projections, costs))
-        sizes = torch.tensor([p.count for p in projections])
-        cost = torch.tensor(costs).repeat_interleave(sizes)  # of each unit, one projection after the other
+        sizes = torch.tensor([p.count for p in projections], device="cpu")
+        cost = torch.tensor(costs, device="cpu").repeat_interleave(sizes)  # of the units, a projection after the other
         ranking = best_first(torch.cat([scores[p.name] for p in projections]), smallest)
         ranking = ranking[torch.cat([allowed[p.name] for p in projections])[ranking]]
         taken = torch.zeros(cost.numel(), dtype=torch.bool, device="cpu")
@@ -599,7 +599,7 @@ def _select_where_weights_are(
             f"are on the meta device{' on every rank' if is_distributed() else ''}: load them first, on one rank at "
             "least, or use selection='random' or units of a file"
         )
-    return Selection({path: torch.tensor(numbers, dtype=torch.int64) for path, numbers in units.items()})
+    return Selection({path: torch.tensor(numbers, dtype=torch.int64, device="cpu") for path, numbers in units.items()})
 
 
 def _select(

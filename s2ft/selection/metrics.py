@@ -24,7 +24,15 @@ from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.layers.kind import Split
 from s2ft.model.coupling import ONE_SIDED, Coupling, Projection
 from s2ft.model.running import evaluation_mode, forward_hooks, gathered_forwards, remove_new_hooks
-from s2ft.model.weights import find, parameter_position, put, split_of_units, weight_at
+from s2ft.model.weights import (
+    find,
+    layers_that_repack,
+    parameter_position,
+    put,
+    set_repacking,
+    split_of_units,
+    weight_at,
+)
 from s2ft.selection.batches import (
     IGNORED,
     Batch,
@@ -108,7 +116,7 @@ def squares_by_unit(matrix: Tensor, dim: int, projection: Projection, split: Spl
         own, part = split.own_elements.to(total.device), total
         total = total.new_zeros(projection.extent)
         total[own] = part if part.numel() == own.numel() else part[own]
-    elements = projection.elements(torch.arange(projection.count)).to(total.device)
+    elements = projection.elements(torch.arange(projection.count, device="cpu")).to(total.device)
     return total[elements].view(projection.count, projection.unit).sum(1)
 
 
@@ -145,13 +153,15 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     and requires_grad and the gradient of every parameter, are restored, also after an error.
     """
     reshard_all(model)
-    hooks = forward_hooks(model)
+    hooks, repacking = forward_hooks(model), layers_that_repack(model)
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
+        set_repacking(repacking, False)  # which rounds the scales
         model.zero_grad(set_to_none=True)
         with evaluation_mode(model):
             yield
     finally:
+        set_repacking(repacking, True)
         remove_new_hooks(hooks)
         reshard_all(model)
         for parameter, required, gradient in parameters:

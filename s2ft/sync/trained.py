@@ -99,7 +99,7 @@ class AttachedSource:
         for one, (name, (mount, part)) in zip(self.trained, self._record.parts.items()):
             base, values = one.base, deltas.pop(name).values.to(one.base.device)
             if mount.layer.rounding is not None:  # what the base's file can hold, as it is merged
-                base, values = mount.layer.rounding.summands(base, mount.layer.s2.detach(), part.positions)
+                base, values = mount.layer.rounding.summands(base, mount.layer.full_s2().detach(), part.positions)
             yield effective_units(base, values)
         yield from (full_tensors(parameters).values() if parameters else ())
 

@@ -84,19 +84,28 @@ class _Slices:
             result = super().train(*args, **options)
         except BaseException:
             self.is_in_train = False
-            if self.slice_sender is not None:
-                self.slice_sender.destroy()  # on this rank alone: others may not have failed
-                self._last_loaded_step = -1  # TRL's: the next generation sends again
+            self._abandon_engine()
             raise
         self.release_engine()
         return result
 
     def evaluate(self, *args: Any, **options: Any) -> Any:
         """Evaluate. After the training, restore the engine's base again."""
-        result = super().evaluate(*args, **options)
+        try:
+            result = super().evaluate(*args, **options)
+        except BaseException:
+            if not self.is_in_train:
+                self._abandon_engine()
+            raise
+        self._last_loaded_step = -1  # a model with a codec was evaluated with other weights than it is trained with
         if not self.is_in_train:
             self.release_engine()
         return result
+
+    def _abandon_engine(self) -> None:
+        if self.slice_sender is not None:
+            self.slice_sender.destroy()  # on this rank alone: others may not have failed
+            self._last_loaded_step = -1  # TRL's: the next generation sends again
 
     def release_engine(self) -> None:
         """Restore the engine's base. On several ranks every rank must call this. The next generation sends again."""

@@ -28,6 +28,7 @@ REFUSED = {
     "use_liger_kernel": "it replaces the FFN after s2ft has attached to it; set kernels: liger instead",
     "optim_target_modules": "it is for optimizers that work on the gradients of whole weights, which s2ft does not "
     "train",
+    "save_on_each_node": "the output folder is shared by all machines, and one rank writes it",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed exactly; the adapter is saved in any case",
     "label_smoothing_factor": "the cross entropy of s2ft sft has none, and TRL will drop it too; s2ft dpo has "
     "label_smoothing",
@@ -289,11 +290,13 @@ class GRPOArguments(RLArguments, GRPOConfig):
             )
         )
         cycle = self.updates_per_generation
-        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % cycle:
-            below, above = self.save_steps // cycle * cycle, -(-self.save_steps // cycle) * cycle
+        name = {"steps": "save_steps", "best": "eval_steps"}.get(self.save_strategy)
+        every = cycle if name is None else getattr(self, name)
+        if cycle > 1 and every % cycle:
+            below, above = every // cycle * cycle, -(-every // cycle) * cycle
             nearest = f"{below:g} or {above:g}" if below else f"{above:g}"
             raise ValueError(
-                f"save_steps {self.save_steps:g} must be a multiple of {cycle}, the updates with the same generated "
+                f"{name} {every:g} must be a multiple of {cycle}, the updates with the same generated "
                 f"answers, so that a resumed run has the same answers: the nearest is {nearest}"
             )
 

@@ -145,6 +145,8 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
     at_limit, kept = (None, None) if meter is None else (meter.stopped_at, meter.kept_step)
     finished = not stopped or at_limit is not None
     if finished:
+        if hasattr(trainer.optimizer, "eval"):  # schedule-free optimizers train with other weights than their result
+            trainer.optimizer.eval()
         # gathered on each rank, since a sharded adapter is spread over all of them
         save = partial(s2ft.save_adapter, model, folder.adapter, state=gather_trained(model))
         run_on_ranks("saving the adapter of the run", all_ranks(), trainer.is_world_process_zero(), save)
@@ -221,6 +223,7 @@ def _train(trainer, checkpoint: Path | None, state: TrainerState | None) -> None
         best = best_checkpoint(state, trainer.args.output_dir) if trainer.args.load_best_model_at_end else None
         restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
         return
+    trainer.args.eval_on_start &= checkpoint is None  # it would count for an early stop
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
@@ -298,6 +301,8 @@ def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]
         JsonlLog(folder.log),
         Stop(options.stop_after, getattr(arguments, "updates_per_generation", 1)),
     ]
+    if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
+        arguments.save_total_limit = 2  # the Trainer would delete the last checkpoint, from which a stopped run goes on
     if options.early_stopping_patience:
         arguments.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
@@ -413,6 +418,12 @@ class Stop(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate &= args.load_best_model_at_end  # else after the adapter is saved
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The Trainer comes here at every stop. Only a whole epoch is evaluated, and its checkpoint written again."""
+        if self.stops_at(state.global_step) and state.global_step < state.max_steps:
+            control.should_evaluate &= state.epoch == int(state.epoch)
+            control.should_save = control.should_evaluate
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------

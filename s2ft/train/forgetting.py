@@ -14,6 +14,7 @@ from s2ft.attached.record import unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import full_tensors, reshard_all
 from s2ft.text.divergence import Drift, DriftMeter, base_switch
+from s2ft.train.trainer import fully_rounded
 
 logger = logging.getLogger(__name__)
 TIMES = 20  # measurements of a run, if the user names no number of steps
@@ -185,7 +186,8 @@ class ForgettingMeter(TrainerCallback):
 
     def _measure(self, state, control, model, args=None) -> None:
         start, model = time.perf_counter(), _inner(model)
-        drift = broadcast_object_list([self._meter.measure(model)])[0]
+        with fully_rounded(model):
+            drift = broadcast_object_list([self._meter.measure(model)])[0]
         self.measured[state.global_step] = drift
         values = drift.to_dict()
         crossed = [

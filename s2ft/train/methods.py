@@ -1,5 +1,6 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
@@ -46,6 +47,10 @@ class Method(ABC):
             (
                 run.options.early_stopping_patience and not run.arguments.load_best_model_at_end,
                 "early_stopping_patience keeps the best checkpoint: leave load_best_model_at_end out",
+            ),
+            (
+                run.arguments.load_best_model_at_end and run.arguments.save_strategy == "no",
+                "load_best_model_at_end needs checkpoints: leave save_strategy out",
             ),
             (metric == "accuracy" and not run.options.eval_task, "metric_for_best_model accuracy needs eval_task"),
             (
@@ -233,7 +238,13 @@ class GRPO(RL):
             others, other = _fitting(with_columns(held_out, prompt), tokenizer, room, run, "prompts to evaluate on")
         if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
             arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
-        check_columns(load_rewards(arguments.rewards), kept.column_names)
+        rewards = load_rewards(arguments.rewards)
+        check_columns(rewards, kept.column_names)
+        if others is not None:
+            check_columns(rewards, others.column_names)
+            compared = arguments.num_generations_eval or arguments.num_generations  # answers to one prompt
+            step = compared // math.gcd(compared, arguments.world_size)
+            arguments.per_device_eval_batch_size = -(-arguments.per_device_eval_batch_size // step) * step
         needed = arguments.generation_batch_size // arguments.num_generations
         if len(kept) < needed:
             raise ValueError(

@@ -128,7 +128,7 @@ def loading_config(arguments: Any) -> dict[str, Any] | None:
     if given is None:
         return None
     sharding = _uses_fsdp(arguments)
-    if sharding or getattr(arguments, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if sharding or _uses_deepspeed(arguments):
         name = "FSDP" if sharding else "DeepSpeed"
         raise ValueError(
             f"transformers splits the weights while it loads them ({given}), and {name} would split them again: use "
@@ -173,6 +173,17 @@ def check_can_shard(arguments: Any) -> None:
             "accelerate shares a model (FSDP, tensor and context parallelism) between GPUs only, and none is used: use "
             "examples/accelerate/ddp.yaml or torchrun, where each process has the whole model"
         )
+
+
+def trains_whole_models(arguments: Any) -> bool:
+    """Return whether accelerate leaves the model whole on each device."""
+    config = _parallelism(arguments)
+    divided = config is not None and config.total_size > config.dp_replicate_size
+    return not (divided or _uses_fsdp(arguments) or _uses_deepspeed(arguments))
+
+
+def _uses_deepspeed(arguments: Any) -> bool:
+    return bool(getattr(arguments, "deepspeed", None)) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def _uses_fsdp(arguments: Any) -> bool:
@@ -239,7 +250,8 @@ def _why_not_divided(model: nn.Module) -> str:
 def _try_shifted_labels(model: nn.Module) -> str:
     """Return why the model's loss would not be that of the labels beside each position."""
     generator = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randint(model.config.get_text_config().vocab_size, (2, TRIAL), generator=generator).tolist()
+    size = model.config.get_text_config().vocab_size
+    tokens, labels = torch.randint(size, (2, TRIAL), generator=generator, device="cpu").tolist()
     batch = SplitCollator(0, 1)([{"input_ids": tokens, "labels": labels}])
     batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
     with evaluation_mode(model), torch.no_grad():

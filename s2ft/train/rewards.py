@@ -4,6 +4,7 @@ TRL's accuracy_reward was tried in place of `answer_equal`: it takes LaTeX such 
 reward to right answers in words, in `<answer>`, after `####`, and to letters of choices (32 of 46 cases of the tests).
 """
 
+import asyncio
 import functools
 import importlib.util
 import inspect
@@ -245,15 +246,13 @@ def load_rewards(names: Iterable[str]) -> list[Reward]:
     """
     found: list[Reward] = []
     for name in names:
-        file, is_file, wanted = name.partition(".py")
+        file = re.fullmatch(r"(.+\.py)(?::(.*))?", name)
         module, _, function = name.rpartition(".")
         if name in BUILT_IN:
             found.append(checked(BUILT_IN[name], name))
-        elif is_file and wanted[:1] in ("", ":"):
-            path = Path(f"{file}.py")
-            found += [
-                checked(one, f"{path}:{getattr(one, '__name__', wanted[1:])}") for one in _of_file(path, wanted[1:])
-            ]
+        elif file:
+            path, wanted = Path(file[1]), file[2] or ""
+            found += [checked(one, f"{path}:{getattr(one, '__name__', wanted)}") for one in _of_file(path, wanted)]
         elif module and _has_module(module):
             found.append(checked(_named(module, importlib.import_module(module), function), name))
         else:
@@ -339,6 +338,8 @@ def checked(function: Reward, title: str) -> Reward:
     def reward(*args: Any, **given: Any) -> list:
         try:
             result = function(*args, **given)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_awaited(result))
         except Exception as error:
             line = inspect.trace()[-1].lineno
             raise RewardError(f"reward {title} raised {type(error).__name__} in line {line}: {error}") from error
@@ -346,6 +347,10 @@ def checked(function: Reward, title: str) -> Reward:
 
     reward.title, reward.__name__ = title, getattr(function, "__name__", title)  # a partial has no name of its own
     return reward
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
 
 
 def _check_result(result: Any, count: int, title: str) -> list:

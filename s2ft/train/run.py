@@ -19,12 +19,14 @@ import torch
 import s2ft
 from s2ft.adapter.folders import write_card
 from s2ft.attached.loading import read_adapter
+from s2ft.attached.mounting import files_of
 from s2ft.attached.record import attachment_of
 from s2ft.attached.report import Report
 from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.plain_text import replace_file
+from s2ft.files.reading import gguf_files
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import text_batches
@@ -46,7 +48,14 @@ from s2ft.train.options import (
     with_default_ratio,
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
-from s2ft.train.parallel import check_can_shard, devices_of, has_weights, model_is_spread, rows_of_update
+from s2ft.train.parallel import (
+    check_can_shard,
+    devices_of,
+    has_weights,
+    model_is_spread,
+    rows_of_update,
+    trains_whole_models,
+)
 from s2ft.train.planning import FEWEST_UPDATES, rate_of_adapter
 
 logger = logging.getLogger(__name__)
@@ -276,9 +285,12 @@ def _train(run: Run, config_text: Any) -> Finetuned:
 def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: Any) -> None:
     """Attach the adapter to the model, record its prompt and training, and write the options into the output folder."""
     options, ranks = run.options, this_rank()
-    placed = getattr(model, "hf_quantizer", None) is not None or model_is_spread(model) or not has_weights(model)
-    if (calibration is not None or protect is not None) and not placed:
-        model.to(ranks.device)
+    placed = any(getattr(model, name, None) is not None for name in ("hf_quantizer", "hf_device_map"))
+    placed = placed or model_is_spread(model) or not has_weights(model)
+    if not placed and (trains_whole_models(run.arguments) or calibration is not None or protect is not None):
+        model.to(
+            run.arguments.device
+        )  # before the Trainer does, because the trials are made on the device of the training
     load_below(model, options.on_top, options.name)
     if options.init_adapter is None:
         report = s2ft.attach(model, run.config, options.name, calibration, protect=protect, on_top=bool(options.on_top))
@@ -291,7 +303,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     # Statistics may round differently on different devices.
     check_all_ranks_agree("selection", attachment_of(model).selection.digest)
     if run.is_first:
-        run.folder.begin(run.determining(), bool(run.resume), config_text(run))
+        run.folder.begin({**run.determining(), "rows": len(data.rows)}, bool(run.resume), config_text(run))
         print(report, flush=True)
     ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
 
@@ -313,8 +325,11 @@ def load_below(model, folders: list[str], name: str) -> None:
     for folder in folders:
         adapter = read_adapter(folder)
         chosen = adapter.name if adapter.name not in (name, *names) else Path(folder).name
+        is_packed = files_of(model) is not None
         try:
-            s2ft.load_adapter(model, adapter, chosen, active=False)
+            s2ft.load_adapter(model, adapter, chosen, trainable=is_packed, active=False)
+            if is_packed:
+                s2ft.freeze_adapter(model)  # so that it is what the file will hold
         except ValueError as error:
             raise ValueError(f"on_top {folder}: {error}") from error
         names.append(chosen)
@@ -368,7 +383,7 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     print(f"adapter: {result.adapter}")
     if result.comparison is not None:
         print(f"\n{result.comparison}")
-    merged = "my-model.gguf" if run.model.model_name_or_path.endswith(".gguf") else "my-model"
+    merged = "my-model.gguf" if gguf_files(Path(run.model.model_name_or_path).expanduser()) else "my-model"
     below = [shlex.quote(one) for one in run.options.on_top]  # without these it was never trained
     whole = shlex.quote(f"{folder.path}-whole") if below else path
     commands = [f"s2ft combine {' '.join(below)} {path} --output {whole}"] if below else []

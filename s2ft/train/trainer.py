@@ -109,7 +109,12 @@ class AdapterCheckpoints:
             self._load_from_checkpoint(resume_from_checkpoint)
         if self.args.should_save:  # an interrupted run may have left it; no rank writes before the first step
             shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
-        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **options)
+        try:
+            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **options)
+        finally:
+            model = self.accelerator.unwrap_model(self.model)
+            if find_attachment(unwrapped(model)) is not None:  # it may have been merged
+                set_rounding(model, 1.0)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluate what the base's files can hold, whatever the training computes with at this moment.
@@ -154,6 +159,14 @@ class AdapterCheckpoints:
         keep, best = self.args.save_total_limit or 0, best_checkpoint(self.state, folder)
         move = partial(move_into_place, written, folder, keep, best)
         run_on_ranks("moving a checkpoint into place", ranks, self.args.should_save, move)
+
+    def _init_training_state(self, *args, **options):
+        """Find the best checkpoint again if the run's folder was moved since, or is spelled in another way."""
+        found = super()._init_training_state(*args, **options)
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_metric is not None and self.state.best_model_checkpoint is None and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the adapter with the checks of s2ft.load_adapter, including that of the base model."""
@@ -254,9 +267,6 @@ class GradualRounding(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):  # the step writes the weights of the next forward
         self._set((state.global_step + 1) / state.max_steps)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        set_rounding(self.model, 1.0)
 
     def _set(self, done: float) -> None:
         set_rounding(self.model, min(max((done - self.FIRST) / (self.LAST - self.FIRST), 0.0), 1.0))

@@ -1,8 +1,10 @@
 """The Trainers of s2ft sft, dpo and grpo: TRL's, with the loss, the batches and the checkpoints of s2ft."""
 
 import copy
+import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,14 +18,14 @@ from s2ft.attached.active import without_trainable
 from s2ft.distributed import ranks_sharing
 from s2ft.model.running import evaluation_mode
 from s2ft.sync.trl_trainers import with_slices
-from s2ft.text.encoding import IGNORED
-from s2ft.text.evaluation import HeldOut, evaluate
+from s2ft.text.encoding import IGNORED, context_length
+from s2ft.text.evaluation import HeldOut, encode_prompts, evaluate
 from s2ft.text.prompts import encode_prompt, end_ids
 from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths, short_row
 from s2ft.train.loss import divides_by_items
 from s2ft.train.options import SCHEDULES
 from s2ft.train.output import log_failure
-from s2ft.train.parallel import devices_of, loading_config, rows_of_update, run_where_weights_are
+from s2ft.train.parallel import devices_of, loading_config, rows_of_update, run_where_weights_are, trains_whole_models
 from s2ft.train.trainer import AdapterCheckpoints
 
 
@@ -175,14 +177,15 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
     # ---- batches -----------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset=None):
-        if not self._batching.by_length:
-            return super()._get_train_sampler(train_dataset)
-        lengths = row_lengths(self.train_dataset if train_dataset is None else train_dataset)
-        self._sampler = LengthSampler(lengths, rows_of_update(self.args), self.args.data_seed)
+        if self._batching.by_length:
+            lengths = row_lengths(self.train_dataset if train_dataset is None else train_dataset)
+            self._sampler = LengthSampler(lengths, rows_of_update(self.args), self.args.data_seed)
+        else:
+            self._sampler = super()._get_train_sampler(train_dataset)
         return self._sampler
 
     def _run_epoch(self, *args, epoch: int, **options):
-        if self._sampler is not None:  # accelerate does not reach the sampler of a resumed run on several ranks
+        if hasattr(self._sampler, "set_epoch"):  # accelerate does not reach it in a resumed run on several ranks
             self._sampler.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **options)
 
@@ -250,11 +253,13 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
 
     def _accuracy(self) -> float:
         data, examples = self._held_out, self._held_out.examples
+        model, most = self.accelerator.unwrap_model(self.model), data.max_new_tokens
+        fitting = encode_prompts(self._text_tokenizer, examples, context_length(model) - most, data.prompt)
+        examples = [examples[number] for number in fitting]
         if ranks_sharing(self.model.parameters()) is None:  # else all devices compute each token together
             examples = examples[self.args.process_index :: self.args.world_size]
         counts = [(0, 0)]
         if examples:
-            model, most = self.accelerator.unwrap_model(self.model), data.max_new_tokens
             scored = evaluate(model, self._text_tokenizer, examples, data.task, max_new_tokens=most, prompt=data.prompt)
             counts = [(scored.right, len(scored.records))]
         right, count = map(sum, zip(*gather_object(counts)))
@@ -415,6 +420,13 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
         else:
             self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        state = Path(checkpoint or "") / "entropy_ctrl_state.json"  # TRL's, which reads it beside its own optimizer
+        if self.use_adaptive_entropy and checkpoint and state.exists():
+            found = json.loads(state.read_text())
+            self.entropy_coef, self._last_world_entropy = found["entropy_coef"], found["last_world_entropy"]
+
     def _tokenize_prompts(self, prompts: list):
         """Return the token ids of prompts, which are those of every other command."""
         return [encode_prompt(self._tokenizer, prompt) for prompt in prompts], None, {}
@@ -437,15 +449,9 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
 
 def refuse_sharding(arguments, command: str) -> None:
     """Raise ValueError if FSDP, DeepSpeed or tensor parallelism would shard the model, or devices would share rows."""
-    sharded = [name for name in ("fsdp", "deepspeed") if getattr(arguments, name, None)]
-    kind = str(getattr(getattr(arguments.distributed_state, "distributed_type", None), "value", "")).lower()
-    if any(name in kind for name in ("fsdp", "deepspeed")):
-        sharded.append(kind)
-    if (devices := devices_of(arguments)).together > 1 or loading_config(arguments):
-        sharded.append(str(devices))
-    if sharded:
+    if not trains_whole_models(arguments) or loading_config(arguments):
         raise ValueError(
-            f"{command} does not shard the model ({sharded[0]}): its reference is the same model without the adapter, "
+            f"{command} does not shard the model: its reference is the same model without the adapter, "
             "which was tried on one device and on several with a whole model each; start it without FSDP, DeepSpeed, "
             "and tensor and context parallelism"
         )

@@ -22,6 +22,7 @@ from s2ft.adapter.folders import folders_of, grouped, source_of
 from s2ft.attached.record import Attachment, check_fits, new_attachment
 from s2ft.config import refuse
 from s2ft.export import lora
+from s2ft.files.reading import gguf_files
 from s2ft.model.checkpoint import weights_on_disk
 from s2ft.model.coupling import Coupling
 from s2ft.text.adapter_prompts import recorded_format, standalone_template
@@ -196,7 +197,7 @@ def unpacked(model_name: str, dtype: str, folder: Path) -> str:
         folder: Where an unpacked checkpoint is written.
     """
     path = Path(model_name).expanduser()
-    if path.suffix != ".gguf" and (not path.is_dir() or (path / "config.json").exists()):
+    if not gguf_files(path):
         return model_name
     model, tokenizer = load_model(model_name, dtype)
     model.save_pretrained(folder)

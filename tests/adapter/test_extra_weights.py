@@ -77,6 +77,10 @@ def test_a_weight_of_an_adapter_below_is_not_unfrozen_by_hand():
     model = train(attached())
     s2ft.freeze_adapter(model)
     s2ft.attach(model, S2FTConfig(d_ratio=0.2), "b", on_top=True)
+    head = model.classifier.weight.clone()
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(model.state_dict()["classifier.weight"], BASE.classifier.weight)  # as those of couplings are
+    assert torch.equal(model.classifier.weight, head)  # the adapter below stays active
     model.classifier.requires_grad_(True)
     with pytest.raises(ValueError, match="both have classifier.weight trained in full"):
         train(model)

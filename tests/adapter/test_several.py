@@ -48,6 +48,23 @@ def test_combined_adapters_are_the_sum(tmp_path):
     assert s2ft.read_adapter(tmp_path).info["sum_of"] == [["a", 0.7], ["b", 0.3]]
 
 
+def test_an_adapter_is_deleted_while_all_are_off():
+    model = with_loaded(with_loaded(model_of(CASE), TWO["a"]), TWO["b"])
+    s2ft.set_adapter(model, {"a": 1.0, "b": 0.5})
+    with s2ft.disable_adapters(model):
+        s2ft.delete_adapter(model, "a")
+    assert s2ft.status(model).active == {"b": 0.5}
+
+
+def test_memory_that_processes_share_stays_as_it_is():
+    """torch.multiprocessing sends weights so. The other processes go on with the adapter."""
+    model = with_loaded(model_of(CASE), TWO["a"]).share_memory()
+    held = {name: value.detach() for name, value in model.named_parameters()}
+    before = {name: value.clone() for name, value in held.items()}
+    s2ft.set_adapter(model, None)
+    assert same(held, before) and same(model, model_of(CASE))
+
+
 def test_arithmetic():
     a, b = TWO["a"], TWO["b"]
     path = next(iter(a.deltas))

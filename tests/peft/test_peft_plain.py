@@ -140,6 +140,30 @@ def test_weights_that_accelerate_offloads():
         assert torch.equal(model(x), nn.functional.linear(x, weights["weight"], weights["bias"]).tanh())
 
 
+class Masked(nn.Linear):
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+def test_further_arguments_reach_a_layer_with_a_hook():
+    config = S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="outputs", init_weights=False)
+    layer = layer_of(get_peft_model(nn.Sequential(Masked(4, 4)), config))
+    x, mask = torch.randn(3, 4), torch.tensor([1.0, 0, 1, 2])
+    expected = layer(x, mask=mask)
+    add_hook_to_module(layer.base_layer, AlignDevicesHook("cpu"))
+    torch.testing.assert_close(layer(x, mask=mask), expected)
+
+
+def test_two_adapters_in_inference_mode():
+    model, x, _ = wrapped("linear", "outputs")
+    model.add_adapter("b", S2FTPeftConfig(target_modules=["0"], ratio=0.4, dim="outputs", init_weights=False))
+    model.base_model.set_adapter(["a", "b"])
+    with torch.inference_mode():
+        found = model(x)
+    assert torch.equal(model(x), found)
+    model(x).sum().backward()
+
+
 def test_a_model_on_the_meta_device_chooses_the_same_units():
     meta, here = (
         get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, seed=4))

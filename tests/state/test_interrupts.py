@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support.models import LAYOUTS
 from support.sources import ROOT
 
@@ -26,6 +27,7 @@ SLOW = [  # compiled kernels and one exception: the suites `moments` and `interr
 
 def test_after_an_exception_at_any_moment_the_model_agrees_with_status(capsys):
     assert sweep.main(["--stride", "6000"]) == 0, capsys.readouterr().out
+    assert torch.compiler.set_stance("default").prev.stance == "default"  # torch.compile is not turned off
 
 
 @pytest.mark.slow

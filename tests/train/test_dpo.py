@@ -13,6 +13,7 @@ from support.inside import (
     pair,
     prompt_format,
     read_log,
+    refuse_sharding,
 )
 from support.states import randomize, same, tensors_of, with_adapter
 from train.tiny import tiny_model, tiny_tokenizer
@@ -110,3 +111,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole):
     run(tmp_path, options=RunOptions(stop_after=2))
     _, folder = run(tmp_path, resume=True)
     assert losses(folder) == losses(whole[1]) and same(tensors_of(folder.adapter), tensors_of(whole[1].adapter))
+
+
+@pytest.mark.parametrize("name", ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+def test_a_model_that_accelerate_would_shard_is_refused(name, tmp_path, monkeypatch):
+    """accelerate launch says so by the environment alone."""
+    given = arguments(tmp_path)
+    refuse_sharding(given, "s2ft dpo")
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match="s2ft dpo does not shard"):
+        refuse_sharding(given, "s2ft dpo")

@@ -92,6 +92,9 @@ def short(completions, **_):
 def right(completions, answer, **_):
     return [float(text == one) for text, one in zip(completions, answer)]
 
+async def later(completions, **_):
+    return [1.0] * len(completions)
+
 def helper(text):
     return text
 
@@ -104,20 +107,21 @@ number = 3
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "mine.py"
+    path = tmp_path / "in.python" / "mine.py"
+    path.parent.mkdir()
     path.write_text(FILE)
     return path
 
 
 def test_functions_of_a_file_are_rewards(file):
-    short, right, again = load_rewards([f"{file}:short,right", "answer_equal"])
-    assert short(completions=["abc"], prompts=[""]) == [-3.0]
+    short, right, later, again = load_rewards([f"{file}:short,right,later", "answer_equal"])
+    assert short(completions=["abc"], prompts=[""]) == [-3.0] and later(completions=["a", "b"]) == [1.0, 1.0]
     assert right(completions=["a", "b"], answer=["a", "a"]) == [1.0, 0.0]
     assert (short.__name__, again.__name__) == ("short", "answer_equal")  # TRL logs these names
 
 
 def test_a_file_without_names_gives_every_function_with_completions(file):
-    assert [reward.__name__ for reward in load_rewards([str(file)])] == ["short", "right", "strict"]
+    assert [reward.__name__ for reward in load_rewards([str(file)])] == ["short", "right", "later", "strict"]
 
 
 def test_a_function_of_a_package_is_a_reward():

@@ -269,13 +269,23 @@ def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog
     folder.log.write_text("".join(lines))  # as if the run had ended before its last evaluation
     _, _, ended = run(tmp_path / "whole", resume=True, evaluated=other_rows(), options=options, **BEST)
     assert ended.steps == result.steps and "failed" not in caplog.text
-    run(tmp_path / "cut", evaluated=other_rows(), options={**options, "stop_after": best + 3}, **BEST)
-    _, again, resumed = run(tmp_path / "cut", resume=True, evaluated=other_rows(), options=options, **BEST)
+    limited = {**BEST, "save_total_limit": 1}
+    run(tmp_path / "cut", evaluated=other_rows(), options={**options, "stop_after": best + 3}, **limited)
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    limited["eval_on_start"] = True  # which must not count for the early stop
+    _, again, resumed = run(tmp_path / "moved", resume=True, evaluated=other_rows(), options=options, **limited)
     assert resumed.steps == result.steps and resumed.best_step == best
     check_same(again, folder)
     worse = {**BEST, "save_strategy": "best", "eval_steps": 1, "save_steps": 1}
     _, stopped, _ = run(tmp_path / "stopped", evaluated=other_rows(), options={"stop_after": best + 3}, **worse)
     assert (stopped.path / f"checkpoint-{best + 3}").exists()  # though its evaluation is not the best
+
+
+def test_a_stop_inside_an_epoch_evaluates_nothing(tmp_path):
+    epochs = {"save_strategy": "epoch", "eval_strategy": "epoch"}
+    _, folder, _ = run(tmp_path, evaluated=3, options={"stop_after": 6}, **epochs)
+    assert evaluations(folder) == [4]
+    assert evaluations(run(tmp_path, resume=True, evaluated=3, **epochs)[1]) == [4, 8]
 
 
 # ---- learning rates ------------------------------------------------------------------------------------

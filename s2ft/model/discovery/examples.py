@@ -74,7 +74,7 @@ class _Inputs:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
+        return torch.randn(shape, generator=self.generator, device="cpu")
 
     def tokens(self, length: int | None = None) -> Tensor:
         """Token ids [ROWS, length] that stand for nothing else in the config. Default: LENGTH, or as many as fit."""
@@ -84,8 +84,8 @@ class _Inputs:
         named = [inside[key] for inside, key in token_entries(self.config.to_dict())]
         tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
         special = {token for token in tokens if isinstance(token, int)}
-        usual = torch.tensor([token for token in range(size) if token not in special] or [0])
-        return usual[torch.randint(len(usual), (ROWS, length), generator=self.generator)]
+        usual = torch.tensor([token for token in range(size) if token not in special] or [0], device="cpu")
+        return usual[torch.randint(len(usual), (ROWS, length), generator=self.generator, device="cpu")]
 
     def configs(self, *names: str) -> list[Any]:
         """The configs of these names inside the config, then the config itself."""

@@ -431,7 +431,8 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
     key = _key(model) if example is None else None
     found = _FOUND.get(key) if key is not None else None
     if found is None:
-        found = search(model, trial_of(model, example))
+        with torch.device("cpu"):  # where twins are, whatever the default device is
+            found = search(model, trial_of(model, example))
         gc.collect()  # twins, each of which is in a cycle with its forward
     if key is not None:
         _FOUND.clear()

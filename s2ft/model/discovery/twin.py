@@ -468,6 +468,9 @@ def copied(model: nn.Module) -> nn.Module:
         else:
             partitioned = {str(id(one)): one for one in model.parameters() if is_partitioned(one)}  # by ZeRO-3
             memo = {int(key): nn.Parameter(value) for key, value in full_tensors(partitioned).items()}
+            for one in model.parameters():  # a copy beside the model may not fit its GPU
+                if one.is_cuda and type(one) is nn.Parameter and id(one) not in memo:
+                    memo[id(one)] = nn.Parameter(one.detach().cpu(), one.requires_grad)
             twin = copy.deepcopy(model, memo).to("cpu")
     return _prepared(twin, torch.float64)
 
