@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from s2ft import __version__
 from s2ft.files.reading import json_entry
@@ -80,7 +79,6 @@ def version(number: int) -> str:
 # ---- loading the kernels --------------------------------------------------------------------------------------------
 
 
-TORCH_FLOOR = (2, 11)
 RECORD = Path(__file__).parents[1] / "_build.json"  # written by setup.py: the result of the build and the reason
 DEVICES = ("CPU", "CUDA")
 
@@ -110,10 +108,6 @@ def load() -> ModuleType | None:
         )
     else:
         try:
-            if Version(torch.__version__).release < TORCH_FLOOR:
-                raise ImportError(
-                    f"they need PyTorch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or later, this is {torch.__version__}"
-                )
             _module = importlib.import_module("s2ft._C")
             _reason = str(record.get("reason") or "the compiled kernels are loaded")
         except Exception as error:  # a wrong ABI raises ImportError, OSError or RuntimeError
