@@ -237,7 +237,6 @@ class ShadowStep:
         self.sums: dict[str, Counter] = {part: Counter() for part in self.part_of.values()}
         self._count_weights()  # before anything runs, because a layer may replace its weights
         self.within: list[tuple[str, bool]] = []  # modules whose forward is running, the innermost last
-        self.broken: str | None = None  # the innermost part that raised an error
         divided = with_parts(shadow)
         # Not on activations: a gated FFN runs its own forward if its activation has hooks.
         holders = {name: module for name, module in shadow.named_modules() if module._parameters or module._modules}
@@ -249,12 +248,9 @@ class ShadowStep:
 
     def _enter(self, part: str, divided: bool, module: nn.Module, inputs: tuple) -> None:
         self.within.append((part, divided or bool(self.within) and self.within[-1][1]))
-        self.broken = None
 
     def _leave(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        part, _ = self.within.pop()
-        if output is None and self.broken is None:
-            self.broken = part
+        self.within.pop()
 
     # ---- running ---------------------------------------------------------------------------------
 
@@ -303,15 +299,13 @@ class ShadowStep:
         return tensor
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
-        """Return run(), with an error that names the part of the model if it can't run without data."""
-
+        """Return run(), with an error that names the model and the phase if it can't run without data."""
         try:
             return run()
         except (UnsupportedOperatorException, DataDependentOutputException, DynamicOutputShapeException) as error:
-            where = self.broken or f"the {self.memory.phase}"
-            why = f"its computation in {where} depends on values that it computes"
+            why = f"its {self.memory.phase} depends on values that it computes"
             if isinstance(error, UnsupportedOperatorException):
-                why = f"an operator in {where} does not support tensors without data"
+                why = f"an operator of its {self.memory.phase} does not support tensors without data"
             raise ValueError(
                 f"{type(self.shadow).__name__} can't be estimated without running it on its weights: {why} ({error})"
             ) from error
