@@ -291,17 +291,13 @@ def divide_batch(rows: int, devices: int, micro: int | None = None, passes: int 
         Rows of one forward pass on one device, and the number of passes whose gradients are added up.
 
     Raises:
-        ValueError: The rows cannot be divided. The message names the nearest numbers that can.
+        ValueError: The rows cannot be divided. The message says of what they must be a multiple.
     """
     least = (micro or 1) * (passes or 1) * devices
     if rows % least:
-        below, above = rows // least * least, -(-rows // least) * least
-        nearest = f"{below} or {above}" if below else str(above)
-        factors = f"per_device_train_batch_size {micro} × " if micro else ""
-        factors += f"gradient_accumulation_steps {passes} × " if passes else ""
         raise ValueError(
-            f"batch_size {rows} must be a multiple of {least} ({factors}{devices} device{'s' * (devices != 1)}): the "
-            f"nearest size{'s are' if below else ' is'} {nearest}"
+            f"batch_size {rows} must be a multiple of {least}: of per_device_train_batch_size {micro or 1} × "
+            f"gradient_accumulation_steps {passes or 1} × {devices} device{'s' * (devices != 1)}"
         )
     each = rows // devices
     found = micro or (each // passes if passes else max(size for size in range(1, MOST_ROWS + 1) if each % size == 0))

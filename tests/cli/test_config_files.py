@@ -255,9 +255,10 @@ BATCHES = {  # rows, per device, passes, devices → per device, passes
     (64, 2, None, 2): (2, 16),
     (64, None, 16, 1): (4, 16),
     (16, 4, 2, 2): (4, 2),
-    (7, None, None, 2): "batch_size 7 must be a multiple of 2 (2 devices): the nearest sizes are 6 or 8",
-    (3, None, None, 4): "batch_size 3 must be a multiple of 4 (4 devices): the nearest size is 4",
-    (10, 4, None, 1): "multiple of 4 (per_device_train_batch_size 4 × 1 device): the nearest sizes are 8 or 12",
+    (7, None, None, 2): "batch_size 7 must be a multiple of 2: of per_device_train_batch_size 1 × "
+    "gradient_accumulation_steps 1 × 2 devices",
+    (3, None, None, 4): "batch_size 3 must be a multiple of 4: of ",
+    (10, 4, None, 1): "multiple of 4: of per_device_train_batch_size 4 × gradient_accumulation_steps 1 × 1 device",
     (16, 4, 3, 1): "batch_size 16 contradicts per_device_train_batch_size 4 × gradient_accumulation_steps 3 × 1 device "
     "= 12 rows: leave one of them out",
 }

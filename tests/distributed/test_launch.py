@@ -212,7 +212,8 @@ def test_the_slurm_script_is_valid():
     [
         (
             ["--batch-size", "3", "--micro-batch-size", "2"],
-            "batch_size 3 must be a multiple of 4 (per_device_train_batch_size 2 × 2 devices): the nearest size is 4",
+            "batch_size 3 must be a multiple of 4: of per_device_train_batch_size 2 × gradient_accumulation_steps 1 × "
+            "2 devices",
         ),
         (["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist"),
     ],
