@@ -293,11 +293,9 @@ class GRPOArguments(RLArguments, GRPOConfig):
         name = {"steps": "save_steps", "best": "eval_steps"}.get(self.save_strategy)
         every = cycle if name is None else getattr(self, name)
         if cycle > 1 and every % cycle:
-            below, above = every // cycle * cycle, -(-every // cycle) * cycle
-            nearest = f"{below:g} or {above:g}" if below else f"{above:g}"
             raise ValueError(
                 f"{name} {every:g} must be a multiple of {cycle}, the updates with the same generated "
-                f"answers, so that a resumed run has the same answers: the nearest is {nearest}"
+                "answers, so that a resumed run has the same answers"
             )
 
     @property
