@@ -490,9 +490,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     known = record.projections
     for path, delta in adapter.deltas.items():
         if path not in known:
-            is_mixed = any(name.endswith(".i") for name in (path, *known))
-            hint = ", and adapters of i_ratio and of other ratios do not go into one model" if is_mixed else ""
-            raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}{hint}")
+            raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")
         shape = list(weight_at(model, known[path]).shape)
         size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
         if delta.dim != known[path].dim or shape != list(delta.values.shape):
