@@ -93,7 +93,7 @@ BAD_UPDATES = {
     "base and numbers": (update(base=True), "not tensor and base"),
     "base that is a text": ({"base": "yes"}, "base must be true, not 'yes'"),
     "release by another": ({"base": True, "sender": "b"}, "sender 'b' is refused: release"),
-    "not finite": (update(tensor=torch.full((128,), float("nan"))), "down_proj.weight: the numbers are not finite"),
+    "not finite": (update(tensor=torch.full((128,), float("nan"))), "the numbers are not finite"),
 }
 
 
