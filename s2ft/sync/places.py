@@ -90,22 +90,17 @@ def regions(
     carriers = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, shape in tensors}
     try:
         return _watched(load, model, carriers)
-    except Exception:
-        for name, carrier in carriers.items():  # one at a time, to name the guilty one
-            try:
-                _watched(load, model, {name: carrier})
-            except NoPlace:
-                raise
-            except Exception as error:
-                raise NoPlace(
-                    f"{name}: the model's loader does not take it: {type(error).__name__}: {error}"
-                ) from error
+    except NoPlace:
         raise
+    except Exception as error:
+        raise NoPlace(
+            f"weights of these names and shapes: the model's loader does not take them: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _watched(load: Loader, model: nn.Module, carriers: dict[str, Tensor]) -> dict[str, list[Region]]:
     watch = _Watch(model, carriers)
-    with torch.no_grad(), _parameters_kept(model, carriers), watch:
+    with torch.no_grad(), _parameters_kept(model), watch:
         load(iter(carriers.items()))
     return watch.found
 
@@ -191,7 +186,7 @@ def _region(name: str, destination: Tensor, source: Tensor, carrier: Tensor) -> 
 
 
 @contextmanager
-def _parameters_kept(model: nn.Module, carriers: dict[str, Tensor]) -> Iterator[None]:
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
     """Put parameters back that a loader replaces or gives other memory.
 
     Raises:
@@ -213,9 +208,7 @@ def _parameters_kept(model: nn.Module, carriers: dict[str, Tensor]) -> Iterator[
                 module._parameters[name] = parameter
                 parameter.data = data
     if changed:
-        raise NoPlace(
-            f"{next(iter(carriers))}: the model's loader replaces the parameter {changed} instead of filling it"
-        )
+        raise NoPlace(f"{changed}: the model's loader replaces the parameter instead of filling it")
 
 
 def places(load: Loader, model: nn.Module, specs: Sequence[SliceSpec], dtype: torch.dtype) -> list[Place]:

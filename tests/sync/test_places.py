@@ -116,10 +116,10 @@ class Odd(nn.Module):
 ODD = {
     "adds one": (lambda model, tensor: model.weight.data.copy_(tensor + 1), "makes new tensors of it"),
     "adds in place": (lambda model, tensor: model.weight.data.add_(1), "computes"),
-    "reads numbers": (lambda model, tensor: model.weight.data.fill_(tensor[0, 0].item()), "does not take it"),
+    "reads numbers": (lambda model, tensor: model.weight.data.fill_(tensor[0, 0].item()), "does not take them"),
     "interleaves": (
         lambda model, tensor: model.weight.data.copy_(tensor.view(3, 2, 2).transpose(1, 2).reshape(3, 4)),
-        "does not take it|another way|new tensors",
+        "does not take them|another way|new tensors",
     ),
     "flattens": (lambda model, tensor: model.weight.data.view(-1).copy_(tensor.view(-1)), "another way"),
     "broadcasts": (lambda model, tensor: model.weight.data.copy_(tensor[0]), "another way"),
@@ -139,7 +139,7 @@ ODD = {
         lambda model, tensor: setattr(model.weight, "data", torch.zeros(3, 4)),
         "replaces the parameter",
     ),
-    "fails": (lambda model, tensor: {}["missing"], "does not take it: KeyError"),
+    "fails": (lambda model, tensor: {}["missing"], "does not take them: KeyError"),
 }
 
 
