@@ -245,9 +245,7 @@ class OptionParser(argparse.ArgumentParser):
                 continue
             action = self._option_string_actions.get(f"--{str(key).replace('-', '_')}")
             if action is None or action.dest not in self.options:
-                head, _, nearest = self.unknown(str(key)).replace(str(key), repr(str(key)), 1).partition(";")
-                nearest = nearest.replace("--", "").replace("-", "_")
-                self.error(f"config {path}: {head}{';' * bool(nearest)}{nearest}")
+                self.error(f"config {path}: {self.unknown(str(key))}")
             if action.dest in found:
                 self.error(f"config {path}: {spelled[action.dest]} and {key} are the same option: keep one of them")
             spelled[action.dest] = str(key)

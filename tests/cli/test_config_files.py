@@ -84,9 +84,7 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(word, tmp_path):
     assert SUGGESTED[word] in message(parse, *NEEDED, word, "1")
     key = word[2:].replace("-", "_")
     said = message(from_yaml, tmp_path, {"model": "m", key: 1})
-    assert (
-        f"run.yaml: there is no option '{key}'" in said and SUGGESTED[word].replace("--", "").replace("-", "_") in said
-    )
+    assert f"run.yaml: there is no option {key}" in said and SUGGESTED[word] in said
 
 
 WRONG = [
