@@ -67,7 +67,6 @@ MISTAKES = (
     PermissionError,
     ImportError,
 )
-UNCOUNTED = ("merge", "export", "select", "serve", "chat")  # with a model, and without an estimate of its memory
 TRACEBACK = "S2FT_TRACEBACK"
 # Loggers whose warnings are about other libraries' optional parts. Their errors are still shown.
 CHATTY = (
@@ -153,8 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         if traceback:
             raise
         if is_out_of_memory(error):
-            hint = "; a smaller --dtype, such as bfloat16, needs less" if name in UNCOUNTED else ""
-            said = str(error) if isinstance(error, OutOfMemory) else f"out of memory: {words_of_allocator(error)}{hint}"
+            said = str(error) if isinstance(error, OutOfMemory) else f"out of memory: {words_of_allocator(error)}"
             say_error(f"s2ft {name}", *said.split("\n"))
             return 1
         reason = reason_not_written(error)
