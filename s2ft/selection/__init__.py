@@ -324,9 +324,9 @@ def requested_couplings(couplings: list[Coupling], config: S2FTConfig) -> list[C
     present = sorted({projection.key for projection in projections_of(requested)}, key=PROJECTIONS.index)
     for key in config.ratios:
         if key not in present:
-            where = "this model does not have" if config.layers is None else "the layers to train do not have"
             raise ValueError(
-                f"{key}_ratio requests a projection that {where}: there are {', '.join(present) or 'none'}, so set "
+                f"{key}_ratio requests a projection that the layers to train do not have: there are "
+                f"{', '.join(present) or 'none'}, so set "
                 f"{' or '.join(f'{one}_ratio' for one in present) or 'other layers'}"
             )
     return requested

@@ -132,7 +132,11 @@ def test_invalid_configs_are_refused(name):
 
 
 UNFIT = {
-    "another projection": (dict(g_ratio=0.1), "gpt2", "g_ratio requests a projection that this model does not have"),
+    "another projection": (
+        dict(g_ratio=0.1),
+        "gpt2",
+        "g_ratio requests a projection that the layers to train do not have",
+    ),
     "unknown units": (
         dict(units={"model.layers.9.mlp.down_proj": [0]}),
         "llama",
