@@ -374,10 +374,8 @@ class AdapterBank:
             return known
         is_expert = expert is not None or ".experts." in path
         if is_expert or not kind_of(module).is_linear:
-            what = "experts" if is_expert else f"a {type(module).__name__}"
             raise ValueError(
-                f"{who} {path}, {what}: batches mix adapters of linear layers only, so use load_adapter "
-                "and set_adapter instead"
+                f"{who} {path}: batches mix adapters of linear layers only, so use load_adapter and set_adapter instead"
             )
         return _BankLayer(path, module, dim)
 
