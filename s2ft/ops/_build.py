@@ -111,8 +111,7 @@ def load() -> ModuleType | None:
             _module = importlib.import_module("s2ft._C")
             _reason = str(record.get("reason") or "the compiled kernels are loaded")
         except Exception as error:  # a wrong ABI raises ImportError, OSError or RuntimeError
-            found = f" (found {', '.join(files)})" if isinstance(error, ModuleNotFoundError) else ""
-            _reason = f"the compiled kernels failed to load: {error}{found}"
+            _reason = f"the compiled kernels failed to load: {error}"
     if _module is None and wanted:
         warnings.warn(
             f"s2ft: {_reason}. The slower PyTorch implementations are used. Set S2FT_BUILD=cpu "
