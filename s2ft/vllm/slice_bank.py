@@ -71,15 +71,11 @@ class SliceBank:
 
         Args:
             slot: Number of the slot.
-            index: The output or input of each unit, shape [n], int64.
+            index: The output or input of each unit, shape [n], int64; n is at most the capacity, which
+                :func:`s2ft.vllm.layers.admit` checks.
             values: One row per unit, shape [n, width].
-
-        Raises:
-            ValueError: The units do not fit. Nothing has changed.
         """
         count, begin = index.numel(), slot * self.capacity
-        if count > self.capacity:
-            raise ValueError(f"{count} units do not fit: {self.capacity} are the budget of an adapter in this layer")
         self.index[begin : begin + count].copy_(index, non_blocking=True)
         self.values[begin : begin + count].copy_(values, non_blocking=True)
         self.bounds[2 * slot + 1] = begin + count
