@@ -26,7 +26,7 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import load_adapter
 from s2ft.attached.record import Attachment, attachment_of, check_fits, find_attachment, new_attachment, on_unwrapped
 from s2ft.attached.saving import get_adapter, model_info
-from s2ft.config import S2FTConfig, check_adapter_name, refuse
+from s2ft.config import S2FTConfig, refuse
 from s2ft.files.plain_text import by_key, replace_file
 from s2ft.files.reading import check_finite, json_entry, open_file, parse_json, read_json, shortened
 from s2ft.files.streaming import FLOATS, Entries, read_tensors
@@ -268,7 +268,6 @@ def read(
         ValueError: The LoRA has another structure or another base; the message names the module.
     """
     name = "default" if name is None else name
-    check_adapter_name(name, "name")
     folder = Path(folder)
     config_path, tensors_path = (open_file(folder, file, "a PEFT LoRA") for file in (CONFIG, TENSORS))
     config = _checked_config(read_json(config_path), config_path)
