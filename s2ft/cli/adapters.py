@@ -7,7 +7,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
-from s2ft.config import check_adapter_name, refuse
+from s2ft.config import refuse
 from s2ft.conversion import EXPORTS, IMPORTS, export
 from s2ft.files.plain_text import table
 from s2ft.packages import check_packages
@@ -160,7 +160,6 @@ def run_combine(job: CombineArguments) -> None:
     if output.exists():
         raise FileExistsError(f"output {output} exists")
     name = output.name if job.name is None else job.name
-    check_adapter_name(name)
     adapters = [read_adapter(folder) for folder in job.adapters]
     native.write(weighted_sum(list(zip(adapters, weights)), name), output)
     print(overlap(adapters))
