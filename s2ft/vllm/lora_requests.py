@@ -46,7 +46,6 @@ PUNICA = "vllm.lora.punica_wrapper.punica_cpu"
 NEEDED = (
     (WORKER, "WorkerLoRAManager._load_adapter"),
     (EXECUTOR, "Executor.add_lora"),
-    ("vllm.config.lora", "MaxLoRARanks"),
     ("vllm.lora.lora_weights", "LoRALayerWeights"),
     ("vllm.lora.utils", "parse_fine_tuned_lora_name"),
     ("vllm.model_executor.models.utils", "PPMissingLayer"),

@@ -386,11 +386,9 @@ def _weights(adapter: Adapter, manager: Any) -> dict[str, Any]:
         rank = sum(delta.index.numel() for delta in deltas)
         if not layers.enabled and rank > config.max_lora_rank:
             units = sum(adapter.selection[name].numel() for name in names)
-            enough = next((one for one in private("vllm.config.lora", "MaxLoRARanks").__args__ if one >= rank), None)
             raise ValueError(
                 f"{path} trains {rank} rows or columns ({units} units), and --max-lora-rank is {config.max_lora_rank}: "
-                + ("no rank of vLLM is enough, so s" if enough is None else f"set it to {enough} or more, or s")
-                + "tart the server with S2FT_VLLM_SLICES=1, where adapters have no rank"
+                f"set it to {rank} or more, or start the server with S2FT_VLLM_SLICES=1, where adapters have no rank"
             )
         a, b = _factors(deltas, whole, config.lora_dtype)
         found[target.name] = private("vllm.lora.lora_weights", "LoRALayerWeights")(

@@ -6,7 +6,7 @@ They slice an adapter as vLLM's layers do, and multiply by weights that nobody c
 import sys
 from dataclasses import dataclass, field, make_dataclass
 from types import ModuleType, SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ MODULES = {
     "vllm.lora.utils": {"parse_fine_tuned_lora_name": parse_name},
     "vllm.lora.lora_weights": {"LoRALayerWeights": LoRALayerWeights},
     "vllm.model_executor.models.utils": {"PPMissingLayer": PPMissingLayer},
-    "vllm.config.lora": {"MaxLoRARanks": Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]},
 }
 
 
