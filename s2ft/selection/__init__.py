@@ -429,15 +429,13 @@ def best_first(scores: Tensor, smallest: bool) -> Tensor:
     return scores.argsort(descending=not smallest, stable=True)
 
 
-def check_enough(projections: list[Projection], requested: int, available: int, config: S2FTConfig) -> None:
+def check_enough(projections: list[Projection], requested: int, available: int) -> None:
     """Raise ValueError if fewer units are available than requested. The message names the options that take units."""
     if requested > available:
-        takers = ["exclude"] if config.exclude is not None or config.protect_ratio is None else []
-        takers += [] if config.protect_ratio is None else [f"protect_ratio={config.protect_ratio:g}"]
         where = projections[0].path if len(projections) == 1 else f"the layers' {projections[0].key} projections"
         raise ValueError(
-            f"{' and '.join(takers)} leave{'s' * (len(takers) == 1)} {available} {unit_name(projections[0])} of "
-            f"{where} to choose from; {requested} are requested"
+            f"exclude and protect_ratio leave {available} {unit_name(projections[0])} of {where} to choose from; "
+            f"{requested} are requested"
         )
 
 
@@ -449,7 +447,7 @@ def uniform(request: Request, scores: Units, counts: dict[str, int], allowed: Un
         if units:
             ranking = best_first(scores[path], smallest)
             ranking = ranking[allowed[path][ranking]]
-            check_enough([projection], units, ranking.numel(), request.config)
+            check_enough([projection], units, ranking.numel())
             chosen[path] = ranking[:units].sort().values
     return chosen
 
@@ -463,10 +461,7 @@ def over_layers(request: Request, scores: Units, counts: dict[str, int], allowed
     chosen: Units = {}
     for projections in by_key((projection.key, projection) for projection in request.projections).values():
         check_enough(
-            projections,
-            sum(counts[p.name] for p in projections),
-            sum(int(allowed[p.name].sum()) for p in projections),
-            request.config,
+            projections, sum(counts[p.name] for p in projections), sum(int(allowed[p.name].sum()) for p in projections)
         )
         costs = [unit_parameters(request.model, p) for p in projections]
         parameters = sum(cost * counts[p.name] for p, cost in zip(projections, costs))
@@ -740,7 +735,7 @@ def allowed_without_protected(request: Request, allowed: Units, counts: dict[str
         )
         for projections in groups.values():
             left = sum(min(int(allowed[p.name].sum()), p.count - protected[p.name]) for p in projections)
-            check_enough(projections, sum(counts[p.name] for p in projections), left, request.config)
+            check_enough(projections, sum(counts[p.name] for p in projections), left)
     scores = shared_by_producers(request, product_scores(request))
     check_finite("protect", scores)
     kept = {}
