@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from s2ft.files.reading import check_finite
-
 Scales = tuple[Tensor, ...]
 
 
@@ -139,21 +137,6 @@ class Codec(ABC):
     def decode(self, packed: Any) -> Tensor:
         """Return the values [outputs, inputs] of a packed matrix, those of the format's own library bit for bit."""
         return self.values(self.unpack(packed))
-
-    def encode(self, values: Tensor, packed: Any) -> Any:
-        """Return a packed matrix with the nearest values that the format has.
-
-        Of several encodings that are as near, the one that the matrix has stays. So ``encode(decode(x), x)`` is x.
-
-        Args:
-            values: The new values [outputs, inputs].
-            packed: The matrix as it is packed now. What several blocks share is taken from it.
-
-        Raises:
-            ValueError: A value is not finite.
-        """
-        check_finite(f"a value for {self.name}", values)
-        return self.pack(self.nearest(values, self.unpack(packed)), packed)
 
     def added(self, packed: Any, index: Tensor, dim: int, delta: Tensor) -> Any:
         """Return a packed matrix with a delta added to some units. Nothing else of it changes.
