@@ -371,7 +371,7 @@ class Proof:
         finally:
             eval_frame._set_stance(
                 stance
-            )  # an interrupt where the context begins would turn torch.compile off for good
+            )  # else an interrupt at the context's begin would turn torch.compile off
             record.snapshot.restore()
             record.snapshot = None
             reshard_after_run(model)  # so that units move on the shards, not on gathered weights

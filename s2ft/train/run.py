@@ -290,7 +290,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     if not placed and (trains_whole_models(run.arguments) or calibration is not None or protect is not None):
         model.to(
             run.arguments.device
-        )  # before the Trainer does, because the trials are made on the device of the training
+        )  # before the Trainer does, since trials are made where the training is
     load_below(model, options.on_top, options.name)
     if options.init_adapter is None:
         report = s2ft.attach(model, run.config, options.name, calibration, protect=protect, on_top=bool(options.on_top))
