@@ -21,14 +21,6 @@ def spec(**changes):
     return SliceSpec(**{**fields, **changes})
 
 
-def test_a_description_comes_back():
-    sent = [spec(), spec(name="b.bias", shape=(9,), dim=0, index=torch.arange(9), hashes=torch.arange(9))]
-    for one, other in zip(sent, from_message(to_message(sent))):
-        assert (one.name, one.shape, one.dim, one.numel) == (other.name, other.shape, other.dim, other.numel)
-        assert torch.equal(one.index, other.index) and torch.equal(one.hashes, other.hashes)
-    assert spec().values_shape == (4, 2)
-
-
 SENT = to_message([spec()])
 
 
