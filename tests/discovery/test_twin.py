@@ -68,7 +68,8 @@ def test_an_interrupt_of_the_search_leaves_no_float64():
     model = Interrupted(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
     with pytest.raises(KeyboardInterrupt):
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), example=torch.randn(2, 16))
-    assert torch.get_default_dtype() == torch.zeros(1, dtype=torch.float32).dtype == torch.float32
+    made = torch.zeros(1, dtype=torch.float32), torch.zeros(1).float()
+    assert [torch.get_default_dtype(), *(one.dtype for one in made)] == [torch.float32] * 3
 
 
 # ---- configs ----------------------------------------------------------------------------------------------
@@ -159,13 +160,6 @@ def test_a_twin_computes_in_float64_where_the_model_asks_for_float32():
     after = next(tensors_in(run_example(twin, example)))
     assert found[0].dtype == torch.float64 and before.dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32 and 0 < float((after - before).abs().max()) < 1e-10
-
-
-def test_a_failing_twin_leaves_the_default_dtype():
-    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
-    with pytest.raises(ValueError):
-        twin()
-    assert torch.get_default_dtype() == torch.float32 and torch.zeros(1).float().dtype == torch.float32
 
 
 def test_a_small_model_is_copied_and_stays_as_it_is():
