@@ -92,17 +92,6 @@ def test_meta_device(kind):
     assert layer.s2.is_meta and layer(torch.empty(3, 11, device="meta", dtype=torch.bfloat16)).shape == (3, 9)
 
 
-# ---- forward and gradient ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, *HALF))
-def test_forward_is_one_linear_on_the_merged_weight(kind, units, dtype):
-    layer = layer_of(kind, units, dtype)
-    for leading in ((), (4,), (2, 3), (2, 3, 4), (0,)):
-        x = torch.randn(*leading, 11).to(dtype)
-        assert torch.equal(layer(x), F.linear(x, effective(layer, units), layer.bias))
-
-
 # ---- fuse, unfuse, state -------------------------------------------------------------------------------
 
 
