@@ -1,8 +1,8 @@
 """Reading an attached model while another thread runs or trains it gives the same values as while nothing runs."""
 
 import copy
-import os
 import pickle
+import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -135,7 +135,7 @@ def test_a_layer_sent_to_a_process_shares_no_weight_that_it_writes_to():
 
 
 def mapped(folder: Path, mode: str, shape: tuple[int, ...] = (16, 16)) -> Tensor:
-    """A tensor in a memory-mapped file: mode "r" is read-only, "c" copies on write."""
+    """A tensor in a memory-mapped file: mode "r" is read-only, "r+" shared, "c" copies on write."""
     path = folder / "weight.bin"
     np.random.default_rng(0).standard_normal(shape).astype("float32").tofile(path)
     return torch.from_numpy(np.memmap(path, dtype="float32", mode=mode, shape=shape))
@@ -179,11 +179,17 @@ WRITERS = {
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("writer", WRITERS)
-def test_a_read_only_weight_is_refused(writer, tmp_path):
-    answer = in_child(lambda: WRITERS[writer](tmp_path, "r"))
-    assert isinstance(answer, REFUSED) and "read-only" in str(answer), repr(answer)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork, and reads /proc")
+@pytest.mark.parametrize(
+    "writer, mode, words",
+    [
+        *((writer, "r", "read-only") for writer in WRITERS),
+        *((writer, "r+", "shared with other processes ({}") for writer in WRITERS if not writer.endswith("_")),
+    ],
+)
+def test_a_file_mapped_for_reading_or_for_all_processes_is_refused(writer, mode, words, tmp_path):
+    answer = in_child(lambda: WRITERS[writer](tmp_path, mode))
+    assert isinstance(answer, REFUSED) and words.format(tmp_path) in str(answer), repr(answer)
 
 
 @pytest.mark.parametrize("writer", WRITERS)

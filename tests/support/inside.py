@@ -67,7 +67,7 @@ MODULES = {
     "ops._grouped": "grouped_mm grouped_outer",
     "ops._library": "REFERENCES",
     "ops.act_mul": "ACTIVATIONS reference reference_backward",
-    "ops.in_place": "check_distinct check_private effective_units WRITING",
+    "ops.in_place": "check_distinct effective_units WRITING",
     "ops.multi_adapter_linear": "reference:multi_adapter_linear_reference without_waiting",
     "packages": "BITSANDBYTES check_packages is_installed MissingPackages NEEDS",
     "peft.layer": "S2FTPeftExperts",
