@@ -236,7 +236,8 @@ def test_stopping_fails_the_remaining_jobs(folder):
 
 
 def test_models_with_rows_that_depend_on_each_other_run_one_at_a_time(folder, caplog):
-    model, blocks = tiny_model(), tiny_config(CONFIG_MAPPING["blt"]())  # makes patches of tokens from the first one on
-    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    for one in (model, AutoModelForCausalLM.from_config(blocks).eval()):
+    models, blocks = [tiny_model(), tiny_model()], tiny_config(CONFIG_MAPPING["blt"]())  # makes patches of tokens
+    models[0].config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    models[1].config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
+    for one in (*models, AutoModelForCausalLM.from_config(blocks).eval()):
         assert Engine(one, Adapters(FakeBank(), [folder])).max_batch_size == 1 and "one runs at a time" in caplog.text

@@ -127,15 +127,6 @@ def test_layers_with_a_window_use_only_their_window(config):
     assert all(row.tokens == greedy(model, row.prompt, len(row.tokens), ends=()) for row in [*rows, *batch.rows])
 
 
-def test_models_whose_rows_depend_on_each_other_are_detected():
-    config = tiny_model().config
-    assert not rows_interact(config)
-    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
-    assert rows_interact(config)
-    config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
-    assert rows_interact(config)
-
-
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, **UNTIED}
 
 
