@@ -7,7 +7,6 @@ import pytest
 from support.commands import files_of
 from support.inside import (
     NEEDS,
-    MissingPackages,
     methods,  # noqa: F401 - transformers remembers which packages it found when it was asked first
 )
 
@@ -92,7 +91,3 @@ def test_a_run_without_any_optional_package_but_those_of_training(work, tmp_path
 
 def test_no_install_line_names_s2ft_itself():
     assert all("s2ft" not in package and "[" not in package for packages in NEEDS.values() for package in packages)
-    assert (
-        str(MissingPackages("a", ["b", "c"]))
-        == "a needs the packages b and c, which are not installed: pip install b c"
-    )
