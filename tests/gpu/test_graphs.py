@@ -105,14 +105,6 @@ def test_no_wait_in_forward_backward_and_step():
         step()
 
 
-@pytest.mark.parametrize("dim", (0, 1))
-def test_no_wait_in_the_bank(dim):
-    x, y, bank, names = bank_of(8, 1, dim)
-    multi_adapter_linear(x, y, *bank, names, dim)
-    with no_waits_on_gpu():
-        multi_adapter_linear(x, y, *bank, names, dim)
-
-
 def bank_of(count: int, tokens: int, dim: int, width: int = 4096, units: int = 64):
     """A batch and a bank of `count` adapters, of which each sequence has one or none."""
     shape = (units, width) if dim == 0 else (width, units)
