@@ -38,16 +38,6 @@ def tiny_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
     return fast_tokenizer(model, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), chat_template)
 
 
-def with_merges():
-    """A tokenizer with merges, which a GGUF file must have. Its vocabulary is as large as the model's."""
-    tokenizer = tiny_tokenizer()
-    # a byte that no text contains; the merged pair gets its token id
-    never = max(token for token in tokenizer.get_vocab() if len(token) == 1)
-    vocabulary = {("th" if token == never else token): number for token, number in tokenizer.get_vocab().items()}
-    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("t", "h")])
-    return tokenizer
-
-
 def tiny_config(**changes) -> LlamaConfig:
     return LlamaConfig(
         **{
@@ -82,9 +72,14 @@ def save_tiny(folder, **changes):
 
 
 def base_of(folder, **changes):
-    """Write a checkpoint folder whose tokenizer a GGUF file can hold."""
+    """Write a checkpoint folder whose tokenizer a GGUF file can hold: with merges, and as many tokens as the model."""
     save_tiny(folder, **changes)
-    with_merges().save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    # a byte that no text contains; the merged pair gets its token id
+    never = max(token for token in tokenizer.get_vocab() if len(token) == 1)
+    vocabulary = {("th" if token == never else token): number for token, number in tokenizer.get_vocab().items()}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("t", "h")])
+    tokenizer.save_pretrained(folder)
     return folder
 
 
