@@ -16,32 +16,20 @@ import time
 from collections.abc import Callable
 
 import torch
-from support.states import randomize, with_adapter, with_loaded
 from torch import nn
 
 import s2ft
 from state import REFERENCE
-from state.models import make_adapter, ratios, tiny_model, tokens
+from state.models import tokens
 from state.plain import describe, detach_if_attached, differences
+from state.sweep import Sweep
 
-WIDE = dict(hidden_size=64, intermediate_size=256)  # large enough that products and copies take part of the time
+WIDE = dict(layers=2, hidden_size=64, intermediate_size=256)  # so large that products and copies take time
 Loop = Callable[[nn.Module], None]
 
 
-class Scene:
-    """A plain model, two adapters of it, and the three models that the loops start from."""
-
-    def __init__(self, layout: str) -> None:
-        self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout)
-        self.plain = tiny_model("llama", layers=2, **WIDE)
-        other = s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=1)
-        self.adapters = [
-            make_adapter(self.plain, config, name, seed)
-            for seed, (name, config) in enumerate({"a": self.config, "b": other}.items())
-        ]
-        self.loaded = with_loaded(with_loaded(copy.deepcopy(self.plain), self.adapters[0]), self.adapters[1])
-        self.trainable = randomize(with_adapter(copy.deepcopy(self.plain), self.config), 3, 0.1)
-        self.base = describe(self.plain)
+class Scene(Sweep):
+    """Loops over the operations of the sweep, on larger models."""
 
     def attach_and_detach(self, model: nn.Module) -> None:
         for _ in range(2):
@@ -50,7 +38,7 @@ class Scene:
 
     def load_and_detach(self, model: nn.Module) -> None:
         for _ in range(3):
-            s2ft.load_adapter(model, self.adapters[0])
+            s2ft.load_adapter(model, self.a)
             s2ft.detach(model)
 
     def switch(self, model: nn.Module) -> None:
@@ -58,7 +46,7 @@ class Scene:
             s2ft.set_adapter(model, active)
 
     def switch_trainable(self, model: nn.Module) -> None:
-        for active in (None, "default") * 6:
+        for active in (None, "t") * 6:
             s2ft.set_adapter(model, active)
 
     def train(self, model: nn.Module) -> None:
@@ -137,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background processes ignore Ctrl-C
     torch.set_num_threads(1)
     sys.setswitchinterval(1e-4)  # so that a signal also arrives between two calls of torch
-    scene, generator, failed = Scene(options.layout), random.Random(options.seed), False
+    scene, generator, failed = Scene(options.layout, **WIDE), random.Random(options.seed), False
     for name, (start, loop) in scene.loops().items():
         if options.loop in (None, name):
             cut, problems = run_loop(start, loop, scene.base, options.count, generator)

@@ -40,12 +40,12 @@ class Case:
 class Sweep:
     """The models that operations start from, in one layout, and their expected weights."""
 
-    def __init__(self, layout: str) -> None:
+    def __init__(self, layout: str, **sizes: int) -> None:
         def config(seed: int) -> s2ft.S2FTConfig:
             return s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=seed)
 
         self.layout, self.config = layout, config(3)
-        self.plain = tiny_model("llama", **SMALL)
+        self.plain = tiny_model("llama", **(sizes or SMALL))
         self.a, self.b = (make_adapter(self.plain, config(seed), name, seed) for seed, name in ((1, "a"), (2, "b")))
         self.base, self.tokens = describe(self.plain), tokens(self.plain)
         # a is active, b is loaded; t is trainable; a is loaded and active, t is trainable and inactive
