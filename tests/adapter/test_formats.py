@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.hub import fake_hub, uploaded
-from support.inside import add_info, hub, lora, native
+from support.inside import hub, lora, native
 from support.models import LAYOUTS, WHOLE_KEYS, fit, model_of, output_of, ratios_for
 from support.nets import seeded
 from support.pairs import in_turn
@@ -115,16 +115,6 @@ def test_export_and_import_give_an_equal_adapter(case, layout, dtype, tmp_path):
         export_lora(model, tmp_path / str(i), **options)
         for base in (model_of(case, dtype), model):  # with and without adapters
             assert_same_adapters(lora.read(tmp_path / str(i), base), get_adapter(model, "default"))
-
-
-def test_the_prompt_survives_the_round_trip(tmp_path):
-    """It is in the metadata of the tensors file, where PEFT and vLLM leave it alone."""
-    model = trained("llama")
-    prompt = {"form": "chat", "template": "{{ messages }}\n", "system": "Kürze!"}
-    add_info(model, {"prompt": prompt})
-    export_lora(model, tmp_path / "lora")
-    assert lora.read(tmp_path / "lora", model_of("llama")).info["prompt"] == prompt
-    peft.PeftModel.from_pretrained(model_of("llama"), tmp_path / "lora")
 
 
 @pytest.mark.parametrize(

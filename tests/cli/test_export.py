@@ -3,6 +3,7 @@
 import json
 import re
 
+import peft
 import pytest
 import torch
 from support.commands import s2ft_command
@@ -22,7 +23,7 @@ def make_adapter(model_folder, folder, **info):
 
 @pytest.fixture(scope="module")
 def work(work):
-    make_adapter(work / "model", work / "adapter")
+    make_adapter(work / "model", work / "adapter", prompt={**TRAINED, "system": "Kürze!"})
     return work
 
 
@@ -42,6 +43,7 @@ def test_lora_and_back(work, tmp_path, capsys):
         == 0
     )
     assert "LoRA of rank 16 (vLLM" in capsys.readouterr().out
+    peft.PeftModel.from_pretrained(load_model(str(work / "model"))[0], tmp_path / "lora")  # the prompt is left alone
     assert (
         s2ft_command(
             "export",
@@ -58,6 +60,7 @@ def test_lora_and_back(work, tmp_path, capsys):
     )
     ours, theirs = read_adapter(work / "adapter"), read_adapter(tmp_path / "adapter")
     assert theirs.name == "back" and theirs.selection == ours.selection and theirs.info["base_dtype"] == "float32"
+    assert theirs.info["prompt"] == ours.info["prompt"]
     assert all(torch.equal(delta.values, theirs.deltas[path].values) for path, delta in ours.deltas.items())
 
 
