@@ -56,15 +56,6 @@ def test_protected_units_are_never_chosen(case, choice):
     assert sum(map(len, chosen.units.values())) == sum(map(len, free.units.values()))
 
 
-def test_producers_with_the_same_units_protect_the_same_ones():
-    model = model_of("llama")
-    config = S2FTConfig(u_ratio=0.2, g_ratio=0.1, v_ratio=0.5, selection="weight")
-    selection = s2ft.select(model, config, protect=data_of(model))
-    for layer in range(3):
-        up, gate = (set(selection[f"model.layers.{layer}.mlp.{name}_proj"].tolist()) for name in ("up", "gate"))
-        assert up >= gate and len(up) == 10 and len(gate) == 5
-
-
 def test_attach_writes_the_share_into_the_adapter_and_nothing_without_protect(tmp_path):
     model = model_of("llama")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1), protect=data_of(model))
