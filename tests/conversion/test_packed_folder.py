@@ -124,16 +124,6 @@ def test_a_layer_that_is_not_packed_stays(tmp_path):
     assert load_model(str(tmp_path / "tuned"))[1].chat_template == form["template"]
 
 
-def test_scales_that_others_share_stay(base, tmp_path):
-    s2ft.save_adapter(trained(base, codec="none"), tmp_path / "adapter")
-    export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
-    old, new = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "tuned"))
-    shared = ("weight_global_scale", "weight_zero_point", "nested_absmax", "quant_map")
-    assert all(
-        torch.equal(old[name].view(torch.uint8), new[name].view(torch.uint8)) for name in old if name.endswith(shared)
-    )
-
-
 def test_merge_keeps_the_format_unless_a_dtype_is_given(int8, tmp_path, capsys):
     s2ft.save_adapter(trained(int8), tmp_path / "adapter")
     words = ["merge", "--model", str(int8), "--adapter", str(tmp_path / "adapter")]
