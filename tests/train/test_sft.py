@@ -165,11 +165,6 @@ def test_two_runs_of_n_steps_equal_one_of_two_n(case, tmp_path):
     check_same(folder, whole)
 
 
-def test_resume_with_another_selection_is_an_error(whole, tmp_path):
-    with pytest.raises(ValueError, match="another selection"):
-        run(interrupted_copy(whole, tmp_path / "again"), resume=True, config=replace(CONFIG, seed=1))
-
-
 def test_accumulation_equals_one_large_batch(whole, tmp_path):
     _, folder, _ = run(tmp_path / "out", per_device_train_batch_size=4, gradient_accumulation_steps=1, save_steps=0)
     assert [row[1] for row in losses(folder)] == pytest.approx([row[1] for row in losses(whole[1])], rel=1e-4)
