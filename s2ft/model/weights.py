@@ -409,7 +409,6 @@ class Move:
         """
         self.coupling, self.order = coupling, order
         self.is_pending = False
-        self._places: dict[str, Tensor] = {}
         # Whether the units are in the new order, and, during a change, the values that they had before it. Both are in
         # one tuple, so that they are assigned in one step.
         self._state: tuple[bool, list[Tensor] | None] = (False, None)
@@ -421,9 +420,7 @@ class Move:
 
     def places(self, projection: Projection) -> Tensor:
         """The new positions [extent] int64 of a projection's elements, by their original number."""
-        if projection.name not in self._places:
-            self._places[projection.name] = inverse(element_order(projection, self.order))
-        return self._places[projection.name]
+        return inverse(element_order(projection, self.order))
 
     def do(self, model: nn.Module, later: bool = False) -> None:
         """Put the units in the new order, unless they are in it.
