@@ -559,7 +559,7 @@ class Early(nn.Sequential):
         (of_mlp(2), "Sequential is not a model of transformers"),
         (
             of_mlp(example=torch.ones(2, 16), kind=Early),
-            "Early can't be estimated without running it on its weights: its forward depends on values",
+            "Early can't be estimated without running it on its weights: its forward can.t run on tensors",
         ),
         (lambda: s2ft.estimate(attached(model_of("llama"), LLAMA), LLAMA, 2, 9), "adapter already .default."),
     ],

@@ -303,11 +303,9 @@ class ShadowStep:
         try:
             return run()
         except (UnsupportedOperatorException, DataDependentOutputException, DynamicOutputShapeException) as error:
-            why = f"its {self.memory.phase} depends on values that it computes"
-            if isinstance(error, UnsupportedOperatorException):
-                why = f"an operator of its {self.memory.phase} does not support tensors without data"
             raise ValueError(
-                f"{type(self.shadow).__name__} can't be estimated without running it on its weights: {why} ({error})"
+                f"{type(self.shadow).__name__} can't be estimated without running it on its weights: its "
+                f"{self.memory.phase} can't run on tensors without data ({error})"
             ) from error
 
     # ---- the numbers -----------------------------------------------------------------------------
