@@ -152,10 +152,7 @@ class ServerEngine(ReceivingEngine):
                 f"{self.name} has no route /{path.partition('?')[0]}: start it with VLLM_SERVER_DEV_MODE=1 and "
                 f"--weight-transfer-config '{BACKEND}'"
             )
-        answer = _values(raw)
-        error = answer.get("error", answer)
-        text = error.get("message", error) if isinstance(error, dict) else error
-        return f"{self.name} refused {path.partition('?')[0]} (status {code}): {text or raw.decode(errors='replace')}"
+        return f"{self.name} refused {path.partition('?')[0]} (status {code}): {raw.decode(errors='replace')}"
 
 
 def _values(raw: bytes) -> dict[str, Any]:
