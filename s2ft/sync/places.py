@@ -126,13 +126,11 @@ class _Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         if func in _FILLS:  # padding
             return args[0]
-        raise NoPlace(f"{self._first()}: the model's loader computes ({func}), so that a slice has no place in it")
+        raise NoPlace(f"a trained weight: the model's loader computes ({func}), so that a slice has no place in it")
 
     def _note(self, destination: Tensor, source: Tensor) -> None:
         if not self._is_carrier(source):
-            raise NoPlace(
-                f"{self._first()}: the model's loader makes new tensors of it, so that a slice of it has no place"
-            )
+            raise NoPlace("a trained weight: the model's loader makes new tensors of it, so that a slice has no place")
         name = self._names[_storage(source)]
         if _storage(destination) not in self._live:
             raise NoPlace(f"{name}: the model's loader copies it to a tensor that is no parameter of the model")
@@ -151,10 +149,6 @@ class _Watch(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write
         )
         return any(isinstance(one, Tensor) and not one.is_meta and _storage(one) in self._live for one in written)
-
-    def _first(self) -> str:
-        names = list(self._carriers)
-        return names[0] if len(names) == 1 else f"one of {names[0]} … {names[-1]}"
 
 
 def _storage(tensor: Tensor) -> int:
