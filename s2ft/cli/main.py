@@ -133,9 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
-        kind = "option" if name.startswith("-") else "command"
         hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
-        say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
+        say_error("s2ft", f"there is no command {name!r}{hint} (see s2ft --help)")
         return 2
     if traceback:
         os.environ[TRACEBACK] = "1"  # for the processes that a command starts
