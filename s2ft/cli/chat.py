@@ -10,6 +10,7 @@ from typing import Any
 
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, command
 from s2ft.config import check_fields, did_you_mean, option, refuse
+from s2ft.files.plain_text import check_output
 from s2ft.text.models import DTYPES, dtype_of_base, load_model
 from s2ft.train.options import Options
 
@@ -379,8 +380,7 @@ class Talk:
 
         refuse((not name, "/save needs a file"), (not self.chat.messages, "there is no conversation to save"))
         path = Path(name).expanduser()
-        if path.exists():
-            raise FileExistsError(f"{path} exists: choose another file")
+        check_output(path)
         path.write_text(json.dumps({"messages": self.chat.transcript()}, ensure_ascii=False) + "\n", encoding="utf-8")
         say(f"({len(self.chat.messages)} messages in {path})")
 

@@ -116,7 +116,7 @@ def test_undo_reset_system_and_save(chat, tmp_path):
         (["/adapter maths"], ["--adapter", "RUNS"], "there is no adapter 'maths'; did you mean math?"),
         (["/undo"], [], "there is nothing to undo"),
         (["/save x"], [], "there is no conversation to save"),
-        (["Hello", "/save RUNS"], [], "exists: choose another file"),
+        (["Hello", "/save RUNS"], [], "exists: choose another"),
         (["x" * 300], [], "the model's context is 256 tokens"),
     ],
 )
