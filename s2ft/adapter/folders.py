@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.config import check_adapter_name, refuse
 from s2ft.files.plain_text import by_key, first_line, replace_file
 from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, has_adapter, own_folder
@@ -23,25 +22,17 @@ def adapter_folder(folder: Path) -> Path:
         folder: An adapter's folder, a checkpoint, or the output folder of a run.
 
     Raises:
-        FileNotFoundError: The folder does not exist, the run has not saved its adapter yet, or it is a directory of
-            several adapters. The message says what to give instead.
+        FileNotFoundError: The folder does not exist, or the run has not saved its adapter yet. The message says what
+            to give instead.
     """
     if has_adapter(own_folder(folder)):
         return own_folder(folder)
     if not folder.exists():
         raise FileNotFoundError(f"adapter {folder} doesn't exist")
     if is_run(folder):
-        checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{STATE}") if has_adapter(path.parent)]
-        newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
         raise FileNotFoundError(
-            f"{folder} is the output of a run that has saved no adapter yet: finish the run with --resume"
-            + ("" if newest is None else f", or name one of its checkpoints, such as {newest}")
-        )
-    inside = sorted(adapters_in(folder)) if folder.is_dir() else []
-    if inside and not any(known.module.matches(folder) for known in ADAPTER_FORMATS.values()):
-        raise FileNotFoundError(
-            f"{folder} is no adapter but has adapters in it, {', '.join(inside[:3])}{' …' if inside[3:] else ''}: give "
-            f"one of them, such as {folder / inside[0]}"
+            f"{folder} is the output of a run that has saved no adapter yet: finish the run with --resume, or name one "
+            "of its checkpoints"
         )
     return folder  # the reader raises the error that names the missing file
 
