@@ -369,9 +369,7 @@ class Proof:
                 if backward:
                     self._run_backward(output)
         finally:
-            eval_frame._set_stance(
-                stance
-            )  # else an interrupt at the context's begin would turn torch.compile off
+            eval_frame._set_stance(stance)  # else an interrupt at the context's begin would turn torch.compile off
             record.snapshot.restore()
             record.snapshot = None
             reshard_after_run(model)  # so that units move on the shards, not on gathered weights

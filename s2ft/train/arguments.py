@@ -230,6 +230,7 @@ class GRPOArguments(RLArguments, GRPOConfig):
     refused: ClassVar[dict[str, str]] = {
         **REFUSED,
         "chat_template_kwargs": "the adapter would not record it; write it into --chat-template",
+        "use_adaptive_entropy": "a resumed run would begin with another coefficient",
     }
     include_num_input_tokens_seen: str | bool = field(
         default="no", metadata={"help": "not used: TRL counts the tokens of prompts and answers"}

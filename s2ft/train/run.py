@@ -288,9 +288,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     placed = any(getattr(model, name, None) is not None for name in ("hf_quantizer", "hf_device_map"))
     placed = placed or model_is_spread(model) or not has_weights(model)
     if not placed and (trains_whole_models(run.arguments) or calibration is not None or protect is not None):
-        model.to(
-            run.arguments.device
-        )  # before the Trainer does, since trials are made where the training is
+        model.to(run.arguments.device)  # before the Trainer does, since trials are made where the training is
     load_below(model, options.on_top, options.name)
     if options.init_adapter is None:
         report = s2ft.attach(model, run.config, options.name, calibration, protect=protect, on_top=bool(options.on_top))

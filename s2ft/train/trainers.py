@@ -1,10 +1,8 @@
 """The Trainers of s2ft sft, dpo and grpo: TRL's, with the loss, the batches and the checkpoints of s2ft."""
 
 import copy
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -419,13 +417,6 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
             }
         else:
             self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        state = Path(checkpoint or "") / "entropy_ctrl_state.json"  # TRL's, which reads it beside its own optimizer
-        if self.use_adaptive_entropy and checkpoint and state.exists():
-            found = json.loads(state.read_text())
-            self.entropy_coef, self._last_world_entropy = found["entropy_coef"], found["last_world_entropy"]
 
     def _tokenize_prompts(self, prompts: list):
         """Return the token ids of prompts, which are those of every other command."""
