@@ -205,10 +205,8 @@ def _why_no_form(row: Row, present: set[str]) -> str:
     for needs in FORMS:
         missing = [name for name in needs if name not in present]
         if len(missing) < len(needs):
-            others = [name for form in FORMS if present & {*needs} <= {*form} for name in form if name not in present]
-            options = f" (or {', '.join(map(repr, dict.fromkeys(others[1:])))})" if len(set(others)) > 1 else ""
             how = "is null" if missing[0] in row else "is missing"
-            return f"field {missing[0]!r} {how}{options}; it has {listed(row)}"
+            return f"field {missing[0]!r} {how}; it has {listed(row)}"
     return f"needs {KNOWN}; it has {listed(row)}; --field OURS=THEIRS maps other names"
 
 
