@@ -245,7 +245,7 @@ BAD_FILES = {  # content, and words of the message
     "a.xlsx": (b"PK\x03\x04\xc0", "a spreadsheet: save it as CSV"),
     "comma.csv": (b"question,answer\nWhat is 1, 2?,3\n", "more fields than the first line"),
     "A.CSV": (b'question,answer\n"a,b\n', "can't be read as csv"),
-    "no-header.csv": (b"What is 1?,one\nWhat is 2?,two\n", "What is 1.*first line"),
+    "no-header.csv": (b"What is 1?,one\nWhat is 2?,two\n", "What is 1"),
     "control.jsonl": (b'{"question": "a\x01b", "answer": "c"}', "control character .character 16"),
 }
 

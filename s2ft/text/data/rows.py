@@ -237,8 +237,6 @@ def check_bad_rows(problems: Sequence[str], good: int, skip: bool, name: str = "
     of = f"{bad} of {bad + good} row{'s' * (bad + good != 1)}"
     listed = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
     listed += f"\n  and {bad - SHOWN} more" if bad > SHOWN else ""
-    if not good and name.endswith((".csv", ".tsv")):
-        listed += "\nThe first line of such a file names its fields."
     refuse(
         (not skip, f"{of} can't be used; correct them, or leave them out with --skip-bad-rows:{listed}"),
         (not good, f"none of {bad} rows can be used:{listed}"),
