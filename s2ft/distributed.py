@@ -12,8 +12,8 @@ gathered parameter into that module whenever it changes between the two. So a tr
 over has to take the module's place in that list. Its s2 has to be on the list too, to be sharded and to get its
 gradient reduced over the ranks: it joins the group of the frozen weight, and is gathered and reduced with its block.
 
-PyTorch has no public way for either. The private names that are needed are looked up in this module only, and
-:func:`check_can_follow` raises a clear error if one is missing. They are the same in torch 2.11 to 2.13.
+PyTorch has no public way for either. The private names that are needed are looked up in this module only. They are the
+same in torch 2.11 to 2.13.
 """
 
 import json
@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -721,25 +720,6 @@ def _groups(model: nn.Module) -> list[Any]:
         groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
         found.update({id(group): group for group in groups if group is not None})
     return list(found.values())
-
-
-def check_can_follow(model: nn.Module) -> None:
-    """Raise RuntimeError if this version of PyTorch has other private names than this file needs."""
-    if not fsdp_modules(model):
-        return
-    try:
-        from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo  # noqa: F401
-
-        for group in _groups(model):
-            attrgetter("mesh_info", "post_forward_mesh_info", "device", "mp_policy", "offload_policy")(group)
-            for parameter in group.fsdp_params:
-                attrgetter("module", "param_name", "shared_modules", "shared_param_names")(parameter._module_info)
-                attrgetter("_post_load_hook_handle")(parameter)
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            f"attaching to a model that FSDP2 has sharded needs names inside PyTorch that {torch.__version__} does not "
-            f"have ({error}): attach or load the adapter first, then shard the model"
-        ) from error
 
 
 def managed_by_fsdp(model: nn.Module) -> set[tuple[int, str]]:

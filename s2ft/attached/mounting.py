@@ -54,7 +54,6 @@ from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
     Place,
-    check_can_follow,
     check_not_in_engine,
     check_same_as_first_rank,
     fsdp_follow,
@@ -431,12 +430,7 @@ def check_gradients_pass(model: nn.Module) -> None:
 
 
 def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
-    """Raise ValueError for a weight that is spread over ranks by something else than FSDP2 and tensor parallelism.
-
-    Raises:
-        RuntimeError: This version of PyTorch does not have what a model of FSDP2 needs.
-    """
-    check_can_follow(model)
+    """Raise ValueError for a weight that is spread over ranks by something else than FSDP2 and tensor parallelism."""
     managed = managed_by_fsdp(model)
     for projection in projections_of(couplings):
         handle = weight_at(model, projection)

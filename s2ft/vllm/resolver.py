@@ -9,20 +9,17 @@ import asyncio
 import os
 import re
 from collections.abc import Sequence
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from s2ft.adapter.folders import STATE
 from s2ft.config import refuse
 from s2ft.files.reading import own_folder
-from s2ft.vllm.compatibility import in_place_of, logger, private, when_imported
+from s2ft.vllm.compatibility import logger, private
 from s2ft.vllm.lora_requests import folder_of
 
-FEATURE = "adapters by the name in a request"
 NAME = "S²FT"
 DIRECTORY, HUB, ALLOWED = "S2FT_VLLM_ADAPTERS", "S2FT_VLLM_HUB", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-SERVING = "vllm.entrypoints.openai.models.serving"
 # No separator and no leading dot: the name can't lead out of the directory. Longer ones no file system has.
 ENTRY = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")  # an owner, or a repository
 FOLDER = re.compile(r"\w[\w.\- ]{0,199}")
@@ -50,7 +47,6 @@ def install() -> None:
         ),
     )
     private("vllm.lora.resolver", "LoRAResolverRegistry").register_resolver(NAME, make_resolver(directories, hub))
-    when_imported(SERVING, FEATURE, _say_why)
     if not private("vllm", "envs").VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         logger.warning(
             "s2ft: %s is set, and vLLM asks for unknown names only with %s=1",
@@ -72,17 +68,11 @@ def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
     request = private("vllm.lora.request", "LoRARequest")
 
     class S2FTResolver(private("vllm.lora.resolver", "LoRAResolver")):
-        """Finds S²FT adapters by name; `requests` has the request of each name that was found."""
-
-        def __init__(self) -> None:
-            self.requests: dict[str, Any] = {}
+        """Finds S²FT adapters by name. vLLM logs why one that was found does not load."""
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             path = await asyncio.to_thread(path_of, lora_name, directories, hub)
-            if path is None:
-                return None
-            self.requests[lora_name] = request(lora_name=lora_name, lora_int_id=1, lora_path=path)  # vLLM sets the id
-            return self.requests[lora_name]
+            return None if path is None else request(lora_name=lora_name, lora_int_id=1, lora_path=path)  # vLLM sets it
 
     return S2FTResolver()
 
@@ -115,29 +105,3 @@ def _in_directory(name: str, directory: Path) -> str | None:
     except OSError:  # a name that is too long in its bytes
         return None
     return str(folder) if inside and not (own_folder(folder) / STATE).is_file() else None
-
-
-# ---- the answer to a client whose adapter does not load --------------------------------------------------
-
-
-def _say_why() -> None:
-    """Let the answer to a request that names an adapter of ours say why it does not load. vLLM logs it only."""
-    make_error = private(SERVING, "create_error_response")
-    registry = private("vllm.lora.resolver", "LoRAResolverRegistry")
-
-    @in_place_of(SERVING, "OpenAIServingModels.resolve_lora")
-    async def resolve_lora(resolve: Any, self: Any, lora_name: str) -> Any:
-        answer = await resolve(self, lora_name)
-        request = registry.get_resolver(NAME).requests.pop(lora_name, None)
-        if request is None or getattr(getattr(answer, "error", None), "code", None) != HTTPStatus.BAD_REQUEST.value:
-            return answer
-        try:
-            await self.engine_client.add_lora(request)  # once more, to hear the reason
-        except Exception as error:
-            return make_error(
-                message=f"LoRA adapter '{lora_name}' was found but could not be loaded: {error}",
-                err_type="BadRequestError",
-                status_code=HTTPStatus.BAD_REQUEST,
-            )
-        self.lora_requests[lora_name] = request  # somebody has just replaced a folder that was damaged
-        return request

@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-from http import HTTPStatus
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -69,51 +68,24 @@ def test_the_hub_is_asked_for_names_on_the_list_only(adapters, monkeypatch):
 
 
 @pytest.fixture
-def vllm_modules(monkeypatch):
-    """Stand-ins of vLLM's registry and of the class that answers requests."""
+def registry(monkeypatch):
+    """A stand-in of vLLM's registry."""
     known = {}
-    registry = SimpleNamespace(register_resolver=known.__setitem__, get_resolver=known.__getitem__)
-
-    class OpenAIServingModels:
-        def __init__(self, reason):
-            self.engine_client, self.lora_requests, self.reason = self, {}, reason
-
-        async def add_lora(self, request):
-            if self.reason:
-                raise RuntimeError(self.reason)
-
-        async def resolve_lora(self, name):
-            request = await registry.get_resolver(resolver.NAME).resolve_lora("/models/base", name)
-            if request is None:
-                return SimpleNamespace(error=SimpleNamespace(code=404))
-            try:
-                await self.add_lora(request)
-                return request
-            except RuntimeError:
-                return SimpleNamespace(error=SimpleNamespace(code=400))
-
-    def create_error_response(message, err_type, status_code):
-        assert isinstance(status_code, HTTPStatus)  # vLLM needs its `value`
-        return message
-
+    found = SimpleNamespace(register_resolver=known.__setitem__, get_resolver=known.__getitem__)
     modules = {
-        "vllm.lora.resolver": dict(LoRAResolverRegistry=registry, LoRAResolver=object),
+        "vllm.lora.resolver": dict(LoRAResolverRegistry=found, LoRAResolver=object),
         "vllm.lora.request": dict(LoRARequest=SimpleNamespace),
-        resolver.SERVING: dict(OpenAIServingModels=OpenAIServingModels, create_error_response=create_error_response),
     }
     fake_modules(monkeypatch, modules)
-    return registry, OpenAIServingModels
+    return found
 
 
-def test_the_answer_to_a_client_says_why_an_adapter_does_not_load(vllm_modules, adapters, monkeypatch):
+def test_vllm_gets_a_request_for_a_name_that_is_found(registry, adapters, monkeypatch):
     monkeypatch.setenv(resolver.DIRECTORY, str(adapters))
     resolver.install()
-    registry, serving = vllm_modules
-    answer = asyncio.run(serving("it is damaged").resolve_lora("math"))
-    assert answer == "LoRA adapter 'math' was found but could not be loaded: it is damaged"
-    assert asyncio.run(serving("").resolve_lora("math")).lora_path == str(adapters / "math")
-    assert asyncio.run(serving("").resolve_lora("unknown")).error.code == 404
-    assert registry.get_resolver(resolver.NAME).requests == {}, "nothing piles up"
+    ours = registry.get_resolver(resolver.NAME)
+    assert asyncio.run(ours.resolve_lora("/models/base", "math")).lora_path == str(adapters / "math")
+    assert asyncio.run(ours.resolve_lora("/models/base", "unknown")) is None
 
 
 @pytest.mark.parametrize(
@@ -124,7 +96,7 @@ def test_the_answer_to_a_client_says_why_an_adapter_does_not_load(vllm_modules, 
         (resolver.HUB, "*", "S2FT_VLLM_HUB must list owners and repositories"),
     ],
 )
-def test_variables_that_are_not_valid(vllm_modules, monkeypatch, variable, value, message):
+def test_variables_that_are_not_valid(registry, monkeypatch, variable, value, message):
     for name in (resolver.DIRECTORY, resolver.HUB):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
