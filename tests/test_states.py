@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.inside import TENSORS
 from support.models import ALL_RATIOS, LAYOUTS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
 from support.states import same, saved_adapter, with_adapter, with_loaded
@@ -122,6 +124,16 @@ def test_a_state_of_other_units_is_refused(layout):
     with pytest.raises(ValueError, match="of other units of model.layers.0.mlp.down_proj"):
         other.load_state_dict(model.state_dict())
     model.load_state_dict(dict(model.state_dict()))  # without PyTorch's notes about the state
+
+
+def test_the_file_of_scattered_units_is_a_state(tmp_path):
+    """transformers' Trainer resumes so. The file has other numbers of units than the layers, whose units have moved."""
+    names = {"up_proj": [5, 9], "gate_proj": [7, 9], "down_proj": [5, 7]}
+    config = S2FTConfig(units={f"model.layers.0.mlp.{name}": units for name, units in names.items()})
+    model, other = (with_adapter(model_of("llama-grouped"), config) for _ in "ab")
+    s2ft.save_adapter(fit(model), tmp_path)
+    other.load_state_dict(load_file(tmp_path / TENSORS), strict=False)
+    assert torch.equal(output_of(other), output_of(model))
 
 
 @layouts

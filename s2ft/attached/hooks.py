@@ -361,7 +361,7 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
             continue
         if id(tensor) in aside:
             state[key] = record.extra.trained[aside[id(tensor)]].clone()
-        if id(tensor) in overwritten:
+        elif id(tensor) in overwritten:
             state[key] = record.extra.overwritten[overwritten[id(tensor)]].clone()
         if not order.changed(tensor):
             continue
@@ -401,7 +401,8 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, metadata
     keep_base_of_unfrozen(model, record)
     digest = getattr(record.selection, "digest", None)
     for path, mounted in record.mounts.items():
-        index, found = mounted.layer.index, state.get(f"{prefix}{path}.index")
+        own = f"{prefix}{path}.s2" in state  # an adapter's file, which transformers loads too, has an index of its own
+        index, found = mounted.layer.index, state.get(f"{prefix}{path}.index") if own else None
         is_other = index is not None and found is not None and not torch.equal(found.to(index), index)
         if is_other or metadata.get(UNITS, digest) != digest:
             raise ValueError(f"the state is of other units of {path} than those that this model trains")

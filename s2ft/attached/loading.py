@@ -290,7 +290,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if find_attachment(model) is not None:  # what was deleted or renamed meanwhile stays off
+        if find_attachment(model) is record:  # what was deleted or renamed meanwhile stays off
             set_adapter(model, {name: weight for name, weight in active.items() if name in record.names})
 
 

@@ -50,7 +50,7 @@ from s2ft.attached.record import (
     on_unwrapped,
 )
 from s2ft.codecs.gguf_file import GgufFile
-from s2ft.codecs.packed_folder import PackedFolder
+from s2ft.codecs.packed_folder import PackedFolder, has_codecs
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
     Place,
@@ -119,7 +119,8 @@ def files_of(model: nn.Module) -> GgufFile | PackedFolder | None:
     name = str(getattr(config, "_name_or_path", ""))
     if name.endswith(".gguf") or is_here(name):  # a .gguf file that is gone is an error
         return packed_base(name)
-    if getattr(config, "quantization_config", None) is not None:
+    settings: Any = getattr(config, "quantization_config", None)
+    if has_codecs(settings.to_dict() if hasattr(settings, "to_dict") else settings):
         logger.warning("warning: %r is not found here, so the codec of the quantized base is not used", name)
     return None
 

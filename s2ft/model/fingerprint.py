@@ -72,7 +72,7 @@ def read_print(label: str, tensor: Tensor) -> WeightPrint:
     Raises:
         ValueError: A sample is NaN or infinite, which JSON can't hold.
     """
-    samples = _every(tensor, SAMPLES).double()
+    samples = _every(tensor, SAMPLES).cpu().double()  # which some accelerators lack
     if not bool(torch.isfinite(samples).all()):
         raise ValueError(f"{label} of the base is not finite: it has NaN or infinite values")
     return f"{label}{tuple(tensor.shape)}".encode() + _content(tensor), samples.tolist()

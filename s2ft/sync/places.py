@@ -28,7 +28,7 @@ _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.at
 
 
 class NoPlace(ValueError):
-    """A slice can't be written into this engine's weights. The message names the weight and says why."""
+    """A slice can't be written into this engine's weights. The message says why."""
 
 
 # The part of a live parameter that holds a block of a checkpoint's tensor, with the dimensions of that tensor; and

@@ -97,7 +97,8 @@ class _Slices:
             if not self.is_in_train:
                 self._abandon_engine()
             raise
-        self._last_loaded_step = -1  # a model with a codec was evaluated with other weights than it is trained with
+        finally:
+            self._last_loaded_step = -1  # a codec evaluates with other weights than it trains with
         if not self.is_in_train:
             self.release_engine()
         return result

@@ -292,7 +292,7 @@ class GRPOArguments(RLArguments, GRPOConfig):
         )
         cycle = self.updates_per_generation
         name = {"steps": "save_steps", "best": "eval_steps"}.get(self.save_strategy)
-        every = cycle if name is None else getattr(self, name)
+        every = cycle if name is None else getattr(self, name) or cycle
         if cycle > 1 and every % cycle:
             raise ValueError(
                 f"{name} {every:g} must be a multiple of {cycle}, the updates with the same generated "

@@ -143,14 +143,15 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
     seconds, step = time.perf_counter() - start, trainer.state.global_step
     stopped = step < trainer.state.max_steps and stop.stops_at(step)
     at_limit, kept = (None, None) if meter is None else (meter.stopped_at, meter.kept_step)
-    finished = not stopped or at_limit is not None
+    finished, best = not stopped or at_limit is not None, _best_step(trainer)
     if finished:
-        if hasattr(trainer.optimizer, "eval"):  # schedule-free optimizers train with other weights than their result
+        # a schedule-free optimizer trains with other weights than its result, which earlier steps have already
+        if hasattr(trainer.optimizer, "eval") and best is None and kept in (None, step):
             trainer.optimizer.eval()
         # gathered on each rank, since a sharded adapter is spread over all of them
         save = partial(s2ft.save_adapter, model, folder.adapter, state=gather_trained(model))
         run_on_ranks("saving the adapter of the run", all_ranks(), trainer.is_world_process_zero(), save)
-    lines, best = read_log(folder.log), _best_step(trainer)
+    lines = read_log(folder.log)
     result = Finetuned(
         steps=step,
         loss=_last_mean(lines, "loss") or 0.0,
@@ -421,7 +422,7 @@ class Stop(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """The Trainer comes here at every stop. Only a whole epoch is evaluated, and its checkpoint written again."""
-        if self.stops_at(state.global_step) and state.global_step < state.max_steps:
+        if control.should_training_stop and self.stops_at(state.global_step) and state.global_step < state.max_steps:
             control.should_evaluate &= state.epoch == int(state.epoch)
             control.should_save = control.should_evaluate
 

@@ -50,7 +50,7 @@ class Method(ABC):
             ),
             (
                 run.arguments.load_best_model_at_end and run.arguments.save_strategy == "no",
-                "load_best_model_at_end needs checkpoints: leave save_strategy out",
+                "load_best_model_at_end needs checkpoints: leave out save_strategy no, and save_steps 0",
             ),
             (metric == "accuracy" and not run.options.eval_task, "metric_for_best_model accuracy needs eval_task"),
             (

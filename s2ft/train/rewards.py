@@ -331,6 +331,9 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
             raise ValueError(f"reward {reward.title} must end its parameters with **_: TRL gives it all columns")
 
 
+_loop = functools.cache(asyncio.new_event_loop)  # one, since clients of judges belong to the loop of their first use
+
+
 def checked(function: Reward, title: str) -> Reward:
     """Return a function that calls a reward and checks its result. Errors name `title`."""
 
@@ -339,7 +342,7 @@ def checked(function: Reward, title: str) -> Reward:
         try:
             result = function(*args, **given)
             if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
+                result = _loop().run_until_complete(result)
         except Exception as error:
             line = inspect.trace()[-1].lineno
             raise RewardError(f"reward {title} raised {type(error).__name__} in line {line}: {error}") from error
@@ -347,10 +350,6 @@ def checked(function: Reward, title: str) -> Reward:
 
     reward.title, reward.__name__ = title, getattr(function, "__name__", title)  # a partial has no name of its own
     return reward
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
 
 
 def _check_result(result: Any, count: int, title: str) -> list:

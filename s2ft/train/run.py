@@ -323,7 +323,7 @@ def load_below(model, folders: list[str], name: str) -> None:
     for folder in folders:
         adapter = read_adapter(folder)
         chosen = adapter.name if adapter.name not in (name, *names) else Path(folder).name
-        is_packed = files_of(model) is not None
+        is_packed = adapter.config.codec != "none" and files_of(model) is not None
         try:
             s2ft.load_adapter(model, adapter, chosen, trainable=is_packed, active=False)
             if is_packed:

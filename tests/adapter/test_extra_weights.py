@@ -87,6 +87,16 @@ def test_a_weight_of_an_adapter_below_is_not_unfrozen_by_hand():
     assert same(s2ft.detach(model), BASE)
 
 
+def test_a_state_has_the_trained_weight_while_another_adapter_is_in_its_place():
+    model = train(attached())
+    s2ft.load_adapter(model, s2ft.get_adapter(model, "default"), "other", active=False)
+    trained = head_of(train(model))
+    s2ft.set_adapter(model, "other")
+    model.load_state_dict(model.state_dict())
+    s2ft.set_adapter(model, "default")
+    assert same(head_of(model), trained)
+
+
 def test_a_weight_that_was_unfrozen_by_hand_is_kept_where_a_module_inside_is_called():
     model = attached()
     model.bert.embeddings.LayerNorm.requires_grad_(True)
