@@ -189,7 +189,7 @@ def bad_input(served) -> None:
     for words, given, more in (
         (f"1 of 8 slices differ, the first is {wrong.name}", [*specs[:3], wrong, *specs[4:]], {}),
         ("is float32 in this engine, and the slices are sent as bfloat16", specs, {"dtype": torch.bfloat16}),
-        (unknown.name, [unknown, *specs], {}),
+        ("named 'layers.9'", [unknown, *specs], {}),
         ("unexpected keyword argument 'extra'", specs, {"extra": 1}),
     ):
         with refused(words):

@@ -72,7 +72,7 @@ def test_names_in_requests_loading_by_hand_and_refusals(served, refused, tmp_pat
             status, answer = server.post("v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
             assert status in (404, 500) and re.search(reason, answer["error"]["message"]), answer
         said = server.complete("damaged", PROMPTS[0])
-        assert "HTTP 400" in said and "S²FT adapter 'damaged'" in said
+        assert "HTTP 400" in said and "'damaged' was found but could not be loaded" in said
         for unknown in ("unknown", "../adapters/wide", "no-such-org/adapter"):
             assert "HTTP 404" in server.complete(unknown, PROMPTS[0])
         assert server.answers(ADAPTERS, PROMPTS) == {name: served.answers[name] for name in ADAPTERS}
