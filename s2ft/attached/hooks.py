@@ -378,8 +378,11 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
 
 
 def _held(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, str]:
-    """The names of extra weights by id. A state has the values that the record keeps: those of the trainable adapter
-    while it is off, and the base of those that loaded adapters have overwritten."""
+    """The names of extra weights by id, given the values of them that the record keeps.
+
+    A state has these values: those of the trainable adapter while it is off, and the base of those that loaded adapters
+    have overwritten.
+    """
     found = {name: model.get_parameter(name) for name in values}
     return {id(parameter): name for name, parameter in found.items() if not is_spread(parameter)}
 

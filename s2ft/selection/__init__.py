@@ -434,7 +434,7 @@ def check_enough(projections: list[Projection], requested: int, available: int) 
     if requested > available:
         where = projections[0].path if len(projections) == 1 else f"the layers' {projections[0].key} projections"
         raise ValueError(
-            f"exclude and protect_ratio leave {available} {unit_name(projections[0])} of {where} to choose from; "
+            f"exclude or protect_ratio leaves {available} {unit_name(projections[0])} of {where} to choose from; "
             f"{requested} are requested"
         )
 

@@ -149,7 +149,7 @@ def attach_on_top(state: State) -> None:
     try:
         s2ft.attach(state.model, state.config(), name=state.new_name(), on_top=True)
     except ValueError as error:
-        if "exclude and protect_ratio leave" not in str(error):
+        if "exclude or protect_ratio leaves" not in str(error):
             raise
     else:
         fill(state)
