@@ -11,6 +11,7 @@ from support.inside import S2ColumnConv, S2ColumnExperts, S2RowConv, S2RowExpert
 from support.slices import bytes_kept
 from support.tolerances import assert_close
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from s2ft import S2ColumnLinear, S2RowLinear
@@ -134,12 +135,9 @@ def test_torch_func(name):
         lambda run: torch.func.vmap(run, (None, 0))(x, torch.stack((s2, 2 * s2))),
     ):
         torch.testing.assert_close(function(case.run), function(case.defined))
-
-
-def test_forward_mode_without_torch_func_is_an_error():
-    case = made("slice 1")
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="forward"):
-        case.layer(torch.autograd.forward_ad.make_dual(case.inputs[0], torch.ones_like(case.inputs[0])))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip((x, s2), tangents)]
+        torch.testing.assert_close(*(forward_ad.unpack_dual(run(*duals)) for run in (case.run, case.defined)))
 
 
 # Bytes that a forward keeps beside its arguments: the selected columns of x as a copy, since a view would keep all of x
@@ -163,12 +161,17 @@ def test_a_forward_keeps_only_what_it_needs_of_x(name, trains):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_base_may_be_back_in_a_backward(name):
-    """As inside disable_adapters, for the reference model of DPO. Afterwards the layer holds its slice again."""
+@pytest.mark.parametrize("keep", (lambda saved: saved, torch.clone), ids=("the weight", "a copy"))
+def test_the_base_may_be_back_in_a_backward(name, keep):
+    """As inside disable_adapters, for the reference model of DPO. Afterwards the layer holds its slice again.
+
+    Hooks such as those of save_on_cpu keep a copy of the weight, with base + s2.
+    """
     case = made(name)
     x, s2 = case.inputs[0], case.layer.s2
     base = case.layer.weight.detach().clone()
-    upstream = torch.randn_like(y := case.layer(*case.inputs))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        upstream = torch.randn_like(y := case.layer(*case.inputs))
     expected = torch.autograd.grad(y, (x, s2), upstream, retain_graph=True)
     effective = case.layer.weight.detach().clone()
     case.layer.unfuse()

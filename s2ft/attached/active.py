@@ -96,7 +96,7 @@ def switch(model: nn.Module, record: Attachment, factors: dict[str, float]) -> N
     place_loaded(
         model, record, [name for name in written if name != record.name and _is_on_another_device(model, record, name)]
     )
-    own_deltas = mounted_deltas(record) if record.name in written else None
+    own_deltas = coded_deltas(record, mounted_deltas(record)) if record.name in written else None
     check_plain_and_untied(model, record, own_deltas or ())  # loaded adapters were checked when they were loaded
     with WRITING:
         deactivate(model, record)
@@ -232,7 +232,7 @@ def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None
 
     Raises:
         ValueError: The state lacks an s2, or has a shard of one, or the weights have not arrived.
-        RuntimeError: A rank did not take part within ten minutes.
+        RuntimeError: A rank did not take part within the timeout of the process group.
     """
     check_slices_are_here(record)
     slices = full_tensors(record.slices) if state is None else state

@@ -112,7 +112,8 @@ def _write_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
     with WRITING:  # another thread may add one
         fused = [layer for layer in set(_holding.values()) if layer.fused]
-    changed = [one for one in fused if (id(one.s2) in stepped or one.is_managed) and one.after_step()]
+    ours = [one for one in fused if id(one.s2) in stepped or one.is_managed or type(one.s2) is Tensor]  # a sum
+    changed = [one for one in ours if one.after_step()]
     write_all(changed)
     for layer in changed:
         layer.write_before_next_forward()
@@ -172,6 +173,7 @@ class S2Layer(TrainableLayer):
     _written: Any = None  # a tuple, the stamps of s2 and of the weight when base + s2 was written last
     _is_current = False  # False after unfuse and after an optimizer's step, whatever the stamps say
     _may_have_changed = False  # whether s2 may have been changed since in a way that its stamp does not tell
+    _held_at = 0  # the key of this layer in _holding
     _base_of = 0  # id of the weight that `base` belongs to
     _whole: Any = None  # memory of the weight that this layer was made on, or wrote last
     is_on_trial = False  # whether the weight requires a gradient to find code that reads it past this layer
@@ -451,7 +453,10 @@ class S2Layer(TrainableLayer):
             release_gathered(self.weight)
         self.__dict__.update(_written=stamps, _whole=stamps[1][1], _is_current=True, _may_have_changed=False)
         _watch_optimizers()  # one may change s2 without a new version
-        _holding[local_part(self.s2).untyped_storage()._cdata] = self
+        if _holding.get(self._held_at) is self:  # PEFT's sum of two adapters is in other memory each time
+            del _holding[self._held_at]
+        self.__dict__["_held_at"] = local_part(self.s2).untyped_storage()._cdata
+        _holding[self._held_at] = self
 
     def _keep_base(self, weight: Tensor, s2: Tensor, stamps: tuple) -> None:
         """Keep the base's values of a whole weight. If other values were loaded into it since, keep those."""

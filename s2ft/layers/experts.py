@@ -7,7 +7,6 @@ in transformers' own `grouped_mm`. The host never waits for the routing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from s2ft.layers.kind import Kind, product
 from s2ft.layers.linear import is_intercepted
 from s2ft.ops import Slice, act_mul
 from s2ft.ops._grouped import columns_to_keep, delta_gradient, grouped_mm
+from s2ft.ops._library import without_autocast
 from s2ft.ops.act_mul import ACTIVATIONS
 
 
@@ -76,7 +76,7 @@ class S2Experts(S2Layer):
         """
         if not self.enabled:
             return project(self.weight, x, offsets, self.transposed)
-        with _without_autocast(x):
+        with without_autocast(x):
             return product(self, x.to(self.weight.dtype), offsets)
 
     def _units(self, weight: Tensor) -> Tensor:
@@ -157,16 +157,8 @@ def project(
         return weights(x, offsets, tokens)
     if isinstance(weights, nn.Module):
         return weights(x, offsets)
-    with _without_autocast(x):
+    with without_autocast(x):
         return grouped_mm(x.to(weights.dtype), stack_of(weights, transposed).transpose(1, 2), offsets)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager:
-    """Compute in the weight's dtype, as transformers' grouped product does also under autocast."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 # ---- forwards of the modules around --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from s2ft.distributed import Shard, cut_by, full_shape, is_dtensor
 from s2ft.ops import effective_units
@@ -333,8 +334,9 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
     """
     weight, bias, s2 = layer.tensors()
     x = autocast_input("this layer", x, weight)
-    # torch.func can't look into the function below, and an exported program has no layers that write their slices.
-    if transforms_active() or torch.compiler.is_exporting():
+    # Derivatives of torch.func and dual numbers can't look into the function below, and an exported program has no
+    # layers that write their slices.
+    if transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting():
         return layer.kind.run(x, layer.effective_weight(s2, weight), bias, call)
     trains = torch.is_grad_enabled() and (
         s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
@@ -361,6 +363,8 @@ class _Product(torch.autograd.Function):
         kept = kind.keep(layer, x, call) if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(weight, s2, kept)
         ctx.layer, ctx.shape, ctx.call, ctx.bias_dtype = layer, x.shape, call, None if bias is None else bias.dtype
+        # Hooks of saved tensors, such as save_on_cpu, give a copy back, of which nobody knows that it holds base + s2.
+        ctx.held = weight if is_held and not is_dynamo_compiling() else None
         # A compiled graph has no second derivatives.
         return (y, kept) if kept is not None and layer.dim == 1 and not is_dynamo_compiling() else y
 
@@ -369,6 +373,7 @@ class _Product(torch.autograd.Function):
         _, of_x, _, of_s2, of_bias, *_ = ctx.needs_input_grad
         (weight, s2, kept), layer, kind = ctx.saved_tensors, ctx.layer, ctx.kind
         grad_x = grad_s2 = grad_bias = None
+        weight = weight if ctx.held is None else ctx.held
         if grad is not None:
             records = torch.is_grad_enabled()
             if of_x:

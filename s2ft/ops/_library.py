@@ -6,6 +6,7 @@ compiled module is present, absent or loaded later.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -110,6 +111,14 @@ def below_autograd(op: Callable, *args) -> Tensor:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Compute in the tensors' own dtype under autocast too, on every thread: a CPU's workers don't have its setting."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2ft.ops._library import below_autograd, define, host_can_read
+from s2ft.ops._library import below_autograd, define, host_can_read, without_autocast
 
 OP = "multi_adapter_linear"
 
@@ -190,7 +190,8 @@ def multi_adapter_linear(
         raise TypeError(f"{OP}: x is {x.dtype}, y is {y.dtype} and values is {values.dtype}; give all one dtype")
     if values.requires_grad:
         raise ValueError(f"{OP}: values requires a gradient, but a bank is frozen: pass values.detach()")
-    return below_autograd(_op, x, y, values, index, offsets, adapter, dim)
+    with without_autocast(x):
+        return below_autograd(_op, x, y, values, index, offsets, adapter, dim)
 
 
 def pack_adapters(

@@ -159,8 +159,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer on its weight without the deltas that are not merged."""
-        if not torch.compiler.is_compiling():
-            self.put_base_back()
+        self.put_base_back()
         return self.base_layer.forward(*args, **kwargs)
 
     def sum_of(self, weight: str, names: Sequence[str], factors: Sequence[float] | None = None) -> Delta:
@@ -194,6 +193,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the base layer on its weight plus the deltas of adapters."""
         hook = getattr(self.base_layer, "_hf_hook", None)
+        if torch.compiler.is_compiling():
+            self.put_base_back()  # an uncompiled forward has left base + delta
         in_place = hook is None and not self.kind.read_only and not torch.compiler.is_compiling()
         # A view is memory of FSDP version 1, which gathers it again for the backward.
         if in_place and not self.base_layer.weight._is_view():
@@ -245,14 +246,20 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return self.base_layer._parameters
 
     def put_base_back(self) -> None:
-        """Make the weights hold the base."""
+        """Make the weights hold the base. A compiled graph asks at each call whether they do, and breaks if not."""
+        if any(layer.fused for _, layer in self._running.values()):
+            if torch.compiler.is_exporting():
+                raise RuntimeError("the weights hold base + delta since a forward: call state_dict() before export")
+            self._unfuse()
+
+    @torch.compiler.disable
+    def _unfuse(self) -> None:
         for _, layer in self._running.values():
             layer.unfuse()
 
     def get_base_layer(self) -> nn.Module:
         """The base layer, with the base in its weights."""
-        if not torch.compiler.is_compiling():
-            self.put_base_back()
+        self.put_base_back()
         return super().get_base_layer()
 
     def _apply(self, fn, recurse=True):
@@ -480,6 +487,8 @@ class S2FTPeftExperts(S2FTPeftLayer):
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the module's experts with an object in the place of each parameter that has a delta."""
         module = self.base_layer
+        if torch.compiler.is_compiling():
+            self.put_base_back()
         other = object.__new__(type(module))  # the module itself does not change: another thread may run it
         other.__dict__.update(module.__dict__)
         parameters, compiles = module._parameters.items(), torch.compiler.is_compiling()

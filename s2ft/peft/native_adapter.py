@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import read_adapter
+from s2ft.attached.mounting import check_one_place
 from s2ft.config import CHOOSING, S2FTConfig, refuse
 from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -93,6 +94,7 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
             selected.module_units = {}
             return selected
         selection = select(targets, _selection_config(named, couplings, targets), model)
+        check_one_place(model, targets, selection)
     warn_of_skipped(skipped, sum(len(target.projections) for target in targets))
     modules = _by_path(targets, selection)
     selected = named.with_units(

@@ -85,8 +85,9 @@ def test_autocast_uses_the_dtype_of_y(dim):
 
 
 @dims
-def test_products_in_the_dtype_of_autocast_are_read_as_such(dim):
+def test_autocast_changes_no_product(dim):
     case = bank(dim, (3, 64), (30, 30), (53, 37), (0, 1, 1))  # enough tokens for a product of PyTorch
     tensors = [tensor.detach() for tensor in case.tensors]
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(case.run(*tensors), case.definition(*tensors), rtol=0.1, atol=0.5)
+    expected = case.run(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):  # which the worker threads of a CPU don't have
+        assert torch.equal(case.run(*tensors), expected)

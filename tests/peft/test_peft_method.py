@@ -227,6 +227,11 @@ NETS = {  # modules of no family
 }
 MIX = ["b", "__base__", "a", "b"]
 REFUSED = {
+    "a tied weight": (
+        lambda: model_of("qwen2-grouped-tied"),
+        lambda model: get_peft_model(model, S2FTPeftConfig(target_modules=["lm_head"], ratio=0.2)),
+        "one tied weight",
+    ),
     **{
         name: (
             lambda net=net: nn.Sequential(copy.deepcopy(net)),
@@ -297,6 +302,13 @@ def test_what_is_refused_changes_nothing(case):
 
 
 # ---- the forward, merging ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ("llama-grouped", "qwen3-moe"))
+def test_a_compiled_model_and_the_plain_one_take_turns(case):
+    model = peft_of(case)
+    expected, compiled = output_of(model), torch.compile(model, backend="eager")
+    assert all(relative_difference(output_of(one), expected) < LOGITS for one in (compiled, model, compiled))
 
 
 @pytest.mark.parametrize("case", ("llama-grouped", "phi3-grouped", "gpt2"))
