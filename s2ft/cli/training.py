@@ -92,7 +92,6 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "dataset_train_split": ("", ""),
         "dataset_test_split": ("", ""),
         "dataset_revision": ("", ""),
-        "dataset_streaming": ("", ""),
         "datasets": ("", ""),
         "field": ("", ""),
         "form": ("", ""),

@@ -205,14 +205,14 @@ def calibration_for(
 
 
 def batches_of(rows: Sequence, tokenizer, batch_size: int) -> Iterator[dict]:
-    """Collate token rows as for training, a batch at a time.
+    """Collate token rows a batch at a time. They are padded on the right, which every causal model ignores.
 
     Args:
         rows: Token rows.
         tokenizer: The model's tokenizer.
         batch_size: Rows in a batch.
     """
-    collate = TokenCollator(pad_id(tokenizer))
+    collate = TokenCollator(pad_id(tokenizer), keep_logits=False, side="right")
     return (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
 
 

@@ -182,10 +182,12 @@ class RowEncoder:
         elif (self.too_long or ("cut" if is_text else "leave_out")) == "leave_out":
             yield {"outcome": RowOutcome.LONG_ROW}
         else:
-            for start in range(0, len(ids) if is_text else 1, longest):
-                piece = {"input_ids": ids[start : start + longest], "labels": labels[start : start + longest]}
+            first = len(texts[0].begin)  # each piece begins with these tokens
+            for start in range(first, len(ids) if is_text else first + 1, max(1, longest - first)):
+                parts = ((*one[:first], *one[start : start + longest - first]) for one in (ids, labels))
+                piece = dict(zip(("input_ids", "labels"), parts))
                 if _has_loss(piece["labels"]):
-                    yield {**piece, "outcome": RowOutcome.KEPT if start else RowOutcome.CUT}
+                    yield {**piece, "outcome": RowOutcome.KEPT if start > first else RowOutcome.CUT}
 
 
 def _has_loss(labels: Sequence[int]) -> bool:

@@ -226,8 +226,8 @@ def best_rate(lines: list[dict[str, Any]]) -> dict[str, Any]:
         lines: The lines of the method's runs.
 
     Returns:
-        The means by the names of :data:`MEASURES`, half the range of each under `spread`, the rate, and its place among
-        the rates under `edge`: "smallest", "largest" or "". Under `losses` the mean loss at each rate.
+        The means by the names of :data:`MEASURES`, the least and the largest of each under `ranges`, the rate, and its
+        place among the rates under `edge`: "smallest", "largest" or "". Under `losses` the mean loss at each rate.
     """
     rates = by_key((line["rate"], line) for line in lines)
     means = {rate: fmean(line["loss_after"] for line in rates[rate]) for rate in sorted(rates)}
@@ -235,8 +235,8 @@ def best_rate(lines: list[dict[str, Any]]) -> dict[str, Any]:
     ends = {min(rates): "smallest", max(rates): "largest"} if len(rates) > 1 else {}
     own = rates[best]
     values = {name: [line[name] for line in own] for name in MEASURES if name in own[0]}
-    spread = {name: (max(found) - min(found)) / 2 for name, found in values.items()}
-    found = {"rate": best, "edge": ends.get(best, ""), "losses": means, "seeds": len(own), "spread": spread}
+    ranges = {name: (min(found), max(found)) for name, found in values.items()}
+    found = {"rate": best, "edge": ends.get(best, ""), "losses": means, "seeds": len(own), "ranges": ranges}
     return {**found, "samples": own[0]["samples"], **{name: fmean(each) for name, each in values.items()}}
 
 
@@ -252,7 +252,8 @@ def report(lines: list[dict[str, Any]], best: dict[str, dict[str, Any]]) -> str:
     kinds = [name for name in MEASURES if name in best[first]]
     rows = [["method", "best rate", *(MEASURES[name][0] for name in kinds)]]
     for method, one in best.items():
-        spread = [f" ±{shown(name, one['spread'][name])}" if one["spread"][name] else "" for name in kinds]
+        halves = {name: (high - low) / 2 for name, (low, high) in one["ranges"].items()}
+        spread = [f" ±{shown(name, halves[name])}" if halves[name] else "" for name in kinds]
         cells = [shown(name, one[name]) + more for name, more in zip(kinds, spread)]
         rows.append([names[method], f"{one['rate']:.2g}", *cells])
     before = f"{lines[0]['loss_before']:.4f} before training, on {lines[0]['rows']} held-out rows"
@@ -280,7 +281,8 @@ def difference(name: str, best: dict[str, dict[str, Any]], first: str, other: st
     """Return in words which of two methods is better in one quantity, and by how much."""
     ours, theirs, (title, _) = best[first], best[other], MEASURES[name]
     gap = ours[name] - theirs[name]
-    if not abs(gap) > ours["spread"][name] + theirs["spread"][name]:  # the ranges of the seeds overlap
+    low, high = sorted((ours["ranges"][name], theirs["ranges"][name]))
+    if not low[1] < high[0]:  # the ranges of the seeds overlap
         return f"{title}: no clear difference"
     winner = first if (gap > 0) == (name == MORE_IS_BETTER) else other
     return f"{title}: {TUNERS[winner].title} is better by {shown(name, abs(gap))}"

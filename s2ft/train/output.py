@@ -1,15 +1,11 @@
 """The output folder of a run: its files, its checkpoints, its report, and which process may write into it."""
 
 import contextlib
-import io
 import json
 import logging
 import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from html import escape
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,9 @@ from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it to
 from s2ft.adapter.folders import OPTIONS, RUN, STATE
 from s2ft.files.plain_text import first_line, replace_file, sha256_of
 from s2ft.files.reading import ADAPTER, CONFIG, read_json
-from s2ft.text.evaluation import Comparison
 
 logger = logging.getLogger(__name__)
-LOG, PLOT, REPORT, PAGE = "log.jsonl", "loss.png", "report.json", "report.html"
+LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
 LOCK = ".lock"  # a file in the folder, which the process that writes a run holds locked
 # Options in run.json: how many groups of devices train on different rows, and how many rows an update has. In another
 # number of groups the same rows are divided in another way.
@@ -32,7 +27,7 @@ DIVISION = ("training.per_device_train_batch_size", "training.gradient_accumulat
 class RunFolder:
     """The output folder of a run.
 
-    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, report.html, config.yaml (the options that the
+    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, config.yaml (the options that the
     user has given) and run.json (all options that determine the result).
 
     Example:
@@ -47,7 +42,6 @@ class RunFolder:
         self.path = Path(path)
         self.adapter, self.log, self.plot = self.path / ADAPTER, self.path / LOG, self.path / PLOT
         self.run, self.report, self.config = self.path / RUN, self.path / REPORT, self.path / OPTIONS
-        self.page = self.path / PAGE
 
     def check(self, resume: bool = False, overwrite: bool = False) -> None:
         """Check that a run may use the folder. Nothing is changed.
@@ -141,7 +135,7 @@ class RunFolder:
             return
         for path in (self.adapter, self.path / UNFINISHED, *checkpoints(self.path)):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.log, self.plot, self.report, self.page, self.config):
+        for path in (self.log, self.plot, self.report, self.config):
             path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.run, options)
@@ -356,71 +350,3 @@ def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None
     removable = [path for path in found if path not in (place, best)]
     for old in removable[: len(found) - keep] if keep and len(found) > keep else []:
         shutil.rmtree(old, ignore_errors=True)
-
-
-# ---- report.html ---------------------------------------------------------------------------------------
-
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --line: #8885; --mark: #0a7d6c }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto; padding: 1rem }}
-h1 {{ font-size: 1.4rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
-.loss {{ font-size: 2rem }} .loss b {{ color: var(--mark) }}
-table {{ border-collapse: collapse; width: 100% }}
-td {{ border-top: 1px solid var(--line); padding: .3rem .6rem .3rem 0; vertical-align: top; overflow-wrap: anywhere }}
-td:first-child {{ white-space: nowrap; opacity: .7 }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: .6rem }}
-svg {{ width: 100%; height: auto }}
-@media (prefers-color-scheme: dark) {{ svg {{ filter: invert(1) hue-rotate(180deg) }} }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""
-PACKAGES = ("torch", "transformers", "trl", "s2ft")
-
-
-def report_page(
-    title: str, facts: Mapping[str, Any], commands: list[str], comparison: Comparison | None = None, figure: Any = None
-) -> str:
-    """Write a run as one HTML page.
-
-    Args:
-        title: The heading.
-        facts: What is known of the run, by name.
-        commands: What to do next, as lines for a terminal.
-        comparison: The base and the adapter on held-out rows, or None.
-        figure: A figure of matplotlib, or None.
-
-    Returns:
-        The page.
-
-    Example:
-        >>> from s2ft.train.output import report_page
-        >>> "<td>3</td>" in report_page("my run", {"updates": 3}, ["s2ft chat --adapter my-run"])
-        True
-    """
-    parts = []
-    if comparison is not None and comparison.loss_before is not None:
-        before, after = comparison.loss_before, comparison.loss_after
-        parts += [
-            f"<p class=loss>loss {before:.3f} → <b>{after:.3f}</b></p>",
-            f"<p>on {comparison.rows} rows that were not trained on, before and after</p>",
-        ]
-    if figure is not None:
-        image = io.StringIO()
-        figure.savefig(image, format="svg", transparent=True)
-        parts.append(image.getvalue()[image.getvalue().index("<svg") :])  # without the head of a file
-    for one in comparison.samples if comparison is not None else ():
-        rows = {name: one[name] for name in ("right", "base", "tuned")}
-        parts.append(f"<h2>{escape(one['prompt'][-300:])}</h2>{_html_table(rows)}")
-    parts.append(f"<h2>Next</h2><pre>{escape(chr(10).join(commands))}</pre>")
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    machine = f"{platform.machine()}, Python {platform.python_version()}, {versions}"
-    parts.append(f"<h2>The run</h2>{_html_table({**facts, 'machine': machine})}")
-    return TEMPLATE.format(title=escape(title), body="\n".join(parts))
-
-
-def _html_table(rows: Mapping[str, Any]) -> str:
-    cells = (f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
-    return f"<table>{''.join(cells)}</table>"

@@ -123,7 +123,7 @@ def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planne
     each_rank = sum(shape[0] + shape[1:].numel() for shape in shapes.values())
     in_full = sum(report.extra_weights.values())
     values = sum(row.parameters * row.dtype.itemsize for row in report.rows)
-    index = sum(selection[projection.name].numel() * projection.unit for projection in trained) * 8
+    index = sum(selection[projection.name].numel() * projection.unit for projection in trained) * 4
     return Planned(
         ratio,
         report.trainable,

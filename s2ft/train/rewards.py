@@ -32,7 +32,7 @@ NUMBER = re.compile(
 )
 DIGITS = 60  # a longer number is no answer
 TOLERANCE = Fraction(1, 1000)  # as in s2ft eval
-PHRASE = re.compile(r"answer\s*(?:is|:|=)[\s:]*(\S[^\n]*?)(?=\.\s|\n|$)", re.IGNORECASE)
+PHRASE = re.compile(r"answer\s*(?:is\b|:|=)[\s:]*(\S[^\n]*?)(?=\.\s|\n|$)", re.IGNORECASE)
 LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 CHOICES = (r"\(([A-Z])\)", r"^\s*\**([A-Z])\**[.):]?\s*$", r"\b([A-Z])(?=[).:*]|\s*$)", r"\b([B-HJ-Z])\b")
 OUTER = " \t\r\n.,;:!?\"'*`$"
@@ -143,14 +143,14 @@ def is_equal(text: str, answer: str) -> bool:
         return bool(found and right) and abs(found[-1] - right[-1]) <= TOLERANCE * min(1, abs(right[-1]))
     letter = LETTER.fullmatch(expected)
     if letter:
-        return _choice(said, bool(marked)) == letter[1].upper()
+        return _choice(said) == letter[1].upper()
     lines = [line for line in said.splitlines() if line.strip()] or [""]
     return _plain(said if marked or phrase else lines[-1]) == _plain(expected)
 
 
-def _choice(said: str, marked: bool) -> str | None:
+def _choice(said: str) -> str | None:
     """Return the letter of the choice that a text names last, in the surest of several ways."""
-    if marked and LETTER.fullmatch(said.strip(OUTER)):
+    if LETTER.fullmatch(said.strip(OUTER)):
         said = said.upper()
     for pattern in CHOICES:
         found = re.findall(pattern, said, re.MULTILINE)

@@ -25,9 +25,8 @@ from s2ft.attached.report import Report
 from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import check_all_ranks_agree
-from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import gguf_files
-from s2ft.packages import check_packages, is_installed
+from s2ft.packages import check_packages
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import text_batches
 from s2ft.text.data import DataOptions
@@ -35,7 +34,7 @@ from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, pr
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.batching import updates_of
-from s2ft.train.device import begin_on, explain_out_of_memory, peak_memory
+from s2ft.train.device import begin_on, explain_out_of_memory
 from s2ft.train.fit import Finetuned, base_for_vllm, check_packages_of_run, is_checkpointed, log_errors
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import (
@@ -47,7 +46,7 @@ from s2ft.train.options import (
     divide_batch,
     with_default_ratio,
 )
-from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
+from s2ft.train.output import GROUPS, ROWS, RunFolder, read_log
 from s2ft.train.parallel import (
     check_can_shard,
     devices_of,
@@ -67,7 +66,8 @@ NOT_IN_RUN = ("output_dir", "push_to_hub", "report_to", "run_name", "project", "
               "overwrite", "stop_after", "keep_memory", "max_new_tokens", "per_device_eval_batch_size", "debug",
               "local_rank", "batch_eval_metrics", "do_train", "do_eval", "do_predict", "deepspeed", "fsdp",
               "fsdp_config", "parallelism_config", "batch_size")  # fmt: skip
-EVALUATION = ("eval_strategy", "eval_steps")  # part of a run whose best checkpoint is kept
+# part of a run whose best checkpoint is kept, or that stops when the outputs have moved too far
+EVALUATION = ("eval_strategy", "eval_steps", "eval_data", "eval_limit", "eval_task")
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,13 @@ class Run:
         with "training.".
         """
         arguments, given = self.arguments, self.given
+        best = arguments.load_best_model_at_end or self.forgetting.stop_at_kl is not None
         found: dict[str, Any] = {"command": self.method.name, "model": self.model.model_name_or_path}
         found |= {f"model.{one.name}": getattr(self.model, one.name) for one in fields(self.model)[1:]}
         found |= {f"adapter.{key}": entry for key, entry in self.config.to_dict().items()}
         for options in (self.data, self.options, self.forgetting):
-            found |= {one.name: _plain(getattr(options, one.name)) for one in fields(options) if _belongs(one.name)}
-        best = arguments.load_best_model_at_end
+            names = (one.name for one in fields(options) if _belongs(one.name, best))
+            found |= {name: _plain(getattr(options, name)) for name in names}
         for one in fields(arguments):
             if one.init and _belongs(one.name, best) and given.get(one.name, one.default) != one.default:
                 value = _plain(given[one.name])
@@ -387,8 +388,6 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     commands = [f"s2ft combine {' '.join(below)} {path} --output {whole}"] if below else []
     commands += [f"s2ft chat --adapter {whole}", f"s2ft merge --adapter {whole} --output {merged}"]
     print("\nnext:", *commands, sep="\n  ")
-    with log_errors(f"{folder.page} was not written"):
-        write_page(run, result, commands)
     if uploads:
         try:
             place = push_to_hub(
@@ -401,23 +400,6 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
             print(f"uploaded: {place}")
         except Exception as error:
             raise OSError(f"the adapter was not uploaded: {error}; {folder.kept()}") from error
-
-
-def write_page(run: Run, result: Finetuned, commands: list[str]) -> None:
-    """Write report.html."""
-    folder, arguments, adapter = run.folder, run.arguments, read_adapter(result.adapter)
-    figure = loss_figure(read_log(folder.log)) if is_installed("matplotlib") else None
-    facts = {
-        "base": run.model.model_name_or_path,
-        "updates": f"{result.steps} of {rows_of_update(arguments)} rows, learning rate {arguments.learning_rate:g}",
-        "trained": f"{adapter.parameters:,} parameters, in {result.adapter}",
-        "time": f"{result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s",
-        "memory": f"{peak_memory() / 2**20:,.0f} MiB at its peak",
-        **({"forgetting": result.drift} if result.drift else {}),
-    }
-    replace_file(
-        folder.page, report_page(folder.path.absolute().name, facts, commands, result.comparison, figure).encode()
-    )
 
 
 # ---- parts of it ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
@@ -158,7 +159,7 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             model,
             args=for_trl,
             train_dataset=rows,
-            eval_dataset=held_out.rows if held_out is not None else None,
+            eval_dataset=None if held_out is None else self._whole_batches(held_out.rows, for_trl),
             data_collator=batching.collator,
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -224,7 +225,7 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             total, count = loss.float() / scale, count / self._devices.together
         else:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            total = loss.float() * count
+            total = (loss.float() * count).where(count > 0, 0.0)  # the mean of no labels is NaN
         self._evaluated = self._evaluated.to(loss.device) + torch.stack([total, count.float()])
         return loss, logits, labels
 
@@ -248,6 +249,12 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         if self._held_out is not None and self._held_out.task is not None:
             output.metrics[f"{metric_key_prefix}_accuracy"] = self._accuracy()
         return output
+
+    def _whole_batches(self, rows: Dataset, arguments) -> Dataset:
+        """Add rows without labels, in place of those that two ranks would get, and that would count twice."""
+        size = arguments.per_device_eval_batch_size * self._devices.groups if self._devices.groups > 1 else 1
+        blank = [{"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}] * (-len(rows) % size)
+        return concatenate_datasets([rows, Dataset.from_list(blank, features=rows.features)]) if blank else rows
 
     def _accuracy(self) -> float:
         data, examples = self._held_out, self._held_out.examples

@@ -200,6 +200,9 @@ def test_a_resumed_run_may_log_save_and_evaluate_more_often():
     bound = (["--lr", 1], ["--seed", 1], ["--limit", 5], ["--packing"], ["--load-in-4bit"], ["--name", "a"],
              ["--load-best-model-at-end"], ["--batch-size", 8, "--epochs", 2])  # fmt: skip
     assert [words for words in bound if options() == options(*words)] == []
+    assert options("--load-best-model-at-end", "--eval-data", "a") != options(
+        "--load-best-model-at-end", "--eval-data", "b"
+    )
 
 
 def test_options_of_lora_become_the_size_of_the_selection(tmp_path, caplog):

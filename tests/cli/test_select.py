@@ -57,7 +57,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
 
 
 def test_rows_are_drawn_by_seed():
-    rows = [{"input_ids": [1, i, 2, 3], "labels": [-100, -100, 2, 3]} for i in range(2, 40)]
+    rows = [{"input_ids": [1, i, 2, 3, *[4] * (i % 2)], "labels": [-100, -100, 2, 3]} for i in range(2, 40)]
 
     def drawn(seed, examples=None):
         config = s2ft.S2FTConfig(d_ratio=0.1, selection="activation", seed=seed)
@@ -66,5 +66,7 @@ def test_rows_are_drawn_by_seed():
 
     first, batches = drawn(0)
     assert first == drawn(0)[0] != drawn(1)[0] and len(set(first)) == 16  # 1 % of the rows would be fewer than 16
-    assert [len(batch["input_ids"]) for batch in batches] == [5, 5, 5, 1] and batches[0]["labels"].shape == (5, 3)
+    assert [len(batch["input_ids"]) for batch in batches] == [5, 5, 5, 1] and batches[0]["labels"].shape == (5, 4)
+    # padding is on the right, which every causal model ignores
+    assert {one for batch in drawn(0, 38)[1] for one in batch["attention_mask"][:, 0].tolist()} == {1}
     assert sorted(drawn(0, 38)[0]) == list(range(2, 40))

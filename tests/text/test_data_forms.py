@@ -108,6 +108,7 @@ REFUSED = (  # a row, and words of the message
     ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\].content .*null"),
     ({"messages": [{"content": "a"}, ASSISTANT]}, r"messages\[0\] .*'role'"),
     ({"messages": [IMAGE, ASSISTANT]}, r"messages\[0\].content\[0\] .*'image'"),
+    ({"messages": [USER, ASSISTANT], "image": "a.jpg"}, "'image': this command trains on text only"),
     ({"conversations": [{"from": "me", "value": "a"}, {"from": "gpt", "value": "b"}]}, "role 'me'"),
     (
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]},

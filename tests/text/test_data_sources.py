@@ -159,6 +159,7 @@ def test_mixture_has_the_fractions_and_repeats_nothing(tmp_path):
     assert questions(load_rows(DataOptions(datasets=entries, limit=4))) == [*EXPECTED[:3], "b1"]
     whole = [{key: value for key, value in entry.items() if key != "fraction"} for entry in entries]
     assert len(load_rows(DataOptions(datasets=whole))) == 14
+    assert len(load_rows(DataOptions(datasets=[{**whole[1], "split": "train[:4]"}, whole[0]], limit=2))) == 2
     second.write_text(second.read_text() + "{broken\n")
     with pytest.raises(ValueError, match="line 10: not JSON"):
         load_rows(DataOptions(datasets=entries))
@@ -174,10 +175,10 @@ def test_validation_split_is_seeded_and_disjoint(tmp_path):
 
 def test_test_split_of_a_named_data_set_is_held_out_if_the_run_evaluates(tmp_path):
     splits(tmp_path / "a")
-    options = DataOptions(dataset_name=str(tmp_path / "a"))
-    assert questions(load_split(options, seed=0)[1]) == EXPECTED[:2]
-    assert load_split(options, seed=0, evaluates=False)[1] is None
-    with_data = DataOptions(data=[str(tmp_path / "a")], eval_data=[str(tmp_path / "a")], limit=1)
+    for options in (DataOptions(dataset_name=str(tmp_path / "a")), DataOptions(data=[str(tmp_path / "a")])):
+        assert questions(load_split(options, seed=0)[1]) == EXPECTED[:2]
+        assert load_split(options, seed=0, evaluates=False)[1] is None
+    with_data = DataOptions(data=[str(tmp_path / "a")], eval_data=[f"{tmp_path / 'a'}/"], limit=1)
     assert [*map(questions, load_split(with_data, seed=0, eval_limit=4))][1] == EXPECTED[:2]  # not the training rows
     (tmp_path / "b").mkdir()
     write_jsonl(tmp_path / "b/train.jsonl", ROWS[:1])
@@ -268,6 +269,9 @@ def test_what_is_read_as_a_word_or_left_out_is_said(tmp_path, caplog):
     (tmp_path / "b.xlsx").write_bytes(b"PK")
     assert len(load(tmp_path)) == 2
     assert "'answer' say NaN" in caplog.text and "b.xlsx" in caplog.text and "note" not in caplog.text
+    (tmp_path / "a.csv").rename(tmp_path / "train.csv")
+    write_jsonl(tmp_path / "extra.jsonl", ROWS)
+    assert len(load(tmp_path)) == 2 and "b.xlsx, extra.jsonl: not read" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -284,7 +288,6 @@ def test_what_is_read_as_a_word_or_left_out_is_said(tmp_path, caplog):
         ([], {"field": ["reply"]}, ValueError, "field.*reply"),
         ([], {"field": {"reply": "output"}}, ValueError, "reply"),
         ([], {"field": ["output=a", "input=a"]}, ValueError, "two meanings"),
-        (["a"], {"streaming": True}, ValueError, "streaming.*limit"),
         ([], {"too_long": "drop"}, ValueError, "too_long.*leave_out"),
         ([], {"test_split_size": 1.5}, ValueError, "test_split_size"),
         ([], {"test_split_size": 0.1, "eval_data": "b"}, ValueError, "test_split_size.*eval_data"),

@@ -137,6 +137,13 @@ def test_long_texts_are_cut_into_several_rows_and_no_token_is_lost():
     whole = tokens(rows, form="text").dataset[0]["input_ids"]
     assert [token for row in tokenized.dataset for token in row["input_ids"]] == whole
     assert tokenized.outcomes == {RowOutcome.CUT: 1, RowOutcome.KEPT: 3}
+    found, whole = (
+        tokens(rows, TOKENIZERS["SentencePiece"](), form="text", max_length=n).dataset for n in (64, 10_000)
+    )
+    # each part begins as a text does
+    assert {row["input_ids"][0] for row in found} == {1} and [
+        token for row in found for token in row["input_ids"][1:]
+    ] == whole[0]["input_ids"][1:]
 
 
 def test_rows_that_the_template_refuses_are_named_and_can_be_left_out(tmp_path):

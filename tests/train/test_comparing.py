@@ -115,6 +115,9 @@ def test_the_best_rate_is_never_one_that_diverged_and_chance_is_not_called_bette
     assert "S²FT by rate: loss 2.1000 at 1, nan at 2" in text and "loss: no clear difference" in text
     assert "s a step: S²FT is better by 0.50" in text
     assert "the best rate of S²FT is the smallest that was tried" in text and "one seed" not in text
+    losses = {"s2ft": (1.0, 1.0, 4.0), "lora": (3.6, 3.6, 3.6)}  # the means differ, and one seed of three is worse
+    far = {name: [line_of(name, 1.0, *pair) for pair in enumerate(losses[name])] for name in losses}
+    assert "loss: no clear difference" in report(far["s2ft"], {name: best_rate(far[name]) for name in far})
     worse = {"s2ft": best_rate(ours[:1]), "lora": best_rate([line_of("lora", 1.0, 0, 1.5)])}
     assert "loss: LoRA is better by 0.5000" in (text := report(ours, worse)) and "one seed" in text
 

@@ -108,29 +108,36 @@ def test_float16_trains_with_a_loss_scaler(tmp_path, monkeypatch):
         check_dtype(model, found)
 
 
-CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
+CODE = {
+    "own_config.py": """
+from transformers import LlamaConfig
 class OwnConfig(LlamaConfig):
     model_type = "own"
-class OwnModel(LlamaForCausalLM):
+""",
+    "own_code.py": """
+import transformers
+from .own_config import OwnConfig
+class LlamaForCausalLM(transformers.LlamaForCausalLM):
     config_class = OwnConfig
-"""
+""",
+}
 
 
 def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny, tmp_path / "own")
-    (folder / "own_code.py").write_text(CODE)
+    for name, text in CODE.items():
+        (folder / name).write_text(text)
     config = {
         **json.loads((folder / "config.json").read_text()),
         "model_type": "own",
-        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
+        "auto_map": {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_code.LlamaForCausalLM"},
     }
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_base(ModelOptions(str(folder)), arguments(tmp_path))
     model, _ = load_base(ModelOptions(str(folder)), arguments(tmp_path, trust_remote_code=True))
-    assert type(model).__name__ == "OwnModel"
+    assert type(model).__module__.endswith("own_code")
     s2ft.save_adapter(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.1)), tmp_path / "adapter")
     monkeypatch.setenv("S2FT_TRUST_REMOTE_CODE", "1")  # the other commands have no option for it
     export(str(folder), tmp_path / "adapter", tmp_path / "merged")
-    assert type(hollow_model(str(tmp_path / "merged"))).__name__ == "OwnModel"
+    assert type(hollow_model(str(tmp_path / "merged"))).__module__.endswith("own_code")

@@ -13,7 +13,7 @@ TASKS = ("arithmetic", "commonsense", "exact")  # tasks whose generated answers 
 
 @dataclass
 class DataOptions:
-    """Which data is read, and how. The names `dataset_...`, `datasets`, `streaming` and `test_split_size` are TRL's.
+    """Which data is read, and how. The names `dataset_...`, `datasets` and `test_split_size` are TRL's.
 
     The help text of each field describes it, see `s2ft sft --help`.
 
@@ -35,13 +35,11 @@ class DataOptions:
         "test", "split to evaluate on, if the run evaluates and no --eval-data is given", metavar="SPLIT"
     )
     dataset_revision: str | None = option(None, "branch, tag or commit of the data sets on the hub", metavar="NAME")
-    dataset_streaming: bool = option(False, "must be false: --limit N reads only the first N rows of the hub")
     datasets: list[dict[str, Any]] = option(
         [],
         "a mixture, in a configuration file only: for each data set path, and optionally name, data_dir, data_files, "
         "split, revision, columns and fraction",
     )
-    streaming: bool = option(False, "another name of --dataset-streaming")
     test_split_size: float | None = option(
         None,
         "rows to hold out from the training data: a share below 1, or a number of rows; 0 trains on all",
@@ -94,11 +92,6 @@ class DataOptions:
             (
                 size is not None and self.eval_data,
                 "test_split_size and eval_data both say what to evaluate on: give one of them",
-            ),
-            (
-                self.streaming or self.dataset_streaming,
-                "streaming is not needed: rows are converted into a file and never held in memory; limit (--limit N) "
-                "reads only the first N rows of a data set on the hub",
             ),
             (len(given) > 1, f"{' and '.join(given)} both say what to train on: give one of them"),
         )

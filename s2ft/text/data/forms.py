@@ -185,6 +185,8 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
         {'role': 'assistant', 'content': '5'}
     """
     found = fields_of(row, renamed, KNOWN)
+    if seen := next(filter(found.get, ("image", "images", "audio", "video", "videos")), None):
+        raise BadRow(f"field {seen!r}: this command trains on text only; leave the field out to train without it")
     present = {name for name, value in found.items() if value is not None}
     fitting = [needs for needs in FORMS if present.issuperset(needs)]
     fitting.sort(key=lambda needs: not set(needs) & set(renamed.values()))  # a form that the user names comes first
@@ -207,7 +209,7 @@ def _why_no_form(row: Row, present: set[str]) -> str:
         if len(missing) < len(needs):
             how = "is null" if missing[0] in row else "is missing"
             return f"field {missing[0]!r} {how}; it has {listed(row)}"
-    return f"needs {KNOWN}; it has {listed(row)}; --field OURS=THEIRS maps other names"
+    return f"needs {KNOWN}; it has {listed(sorted(present))}; --field OURS=THEIRS maps other names"
 
 
 def tools_of(row: Row) -> list:

@@ -6,7 +6,8 @@ import logging
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import normpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def load_rows(
     parts = []
     for entry in entries:
         wanted = None if limit is None or fractions else limit - sum(map(len, parts))
-        if wanted == 0:
+        if wanted is not None and wanted <= 0:  # a slice has more
             break
         parts.append(_stored(entry, options, wanted, scored, shape))
     if fractions:
@@ -109,7 +110,7 @@ def load_split(
     Args:
         options: The options of the data.
         seed: Seed of the rows that `test_split_size` holds out.
-        evaluates: Whether the run evaluates. If it does, `dataset_name` has a test split and neither `eval_data` nor
+        evaluates: Whether the run evaluates. If it does, its one data set has a test split and neither `eval_data` nor
             `test_split_size` is given, that split is read.
         eval_limit: Use the first held-out rows only.
         shape: The kind of rows.
@@ -129,9 +130,9 @@ def load_split(
         >>> len(train), len(held_out)
         (8, 2)
     """
-    train = load_rows(options, shape=shape)
+    train, held_out_of = load_rows(options, shape=shape), replace(options, limit=eval_limit)
     if options.eval_data:
-        return train, load_rows(options, data=options.eval_data, limit=eval_limit or 1 << 62, shape=shape)
+        return train, load_rows(held_out_of, data=options.eval_data, shape=shape)
     if options.test_split_size:
         size = options.test_split_size
         if size >= len(train):
@@ -139,10 +140,11 @@ def load_split(
         parts = train.train_test_split(int(size) if size >= 1 else size, seed=seed)
         held_out = parts["test"]
         return parts["train"], held_out.select(range(min(eval_limit or len(held_out), len(held_out))))
-    place = Path(options.dataset_name or "").expanduser()
+    name = options.data[0] if len(options.data) == 1 else options.dataset_name
+    place = Path(name or "").expanduser()
     is_one = "*" in place.name or place.is_file() or (place / SAVED).is_file()  # every split of it is the whole
-    if evaluates and options.dataset_name and not is_one:
-        return train, load_rows(options, split=options.dataset_test_split, limit=eval_limit or 1 << 62, shape=shape)
+    if evaluates and name and not is_one:
+        return train, load_rows(held_out_of, split=options.dataset_test_split, shape=shape)
     return train, None
 
 
@@ -154,10 +156,13 @@ def _entries(options: DataOptions, data: Sequence[str] | None, split: str | None
     names = data if data is not None else options.data or [options.dataset_name] * bool(options.dataset_name)
     of_hub = {"name": options.dataset_config, "revision": options.dataset_revision}
     is_held_out = data is not None  # other rows of what is trained on, and all of another source
-    trained = {*options.data, options.dataset_name, *(one["path"] for one in options.datasets)} if is_held_out else ()
+    known = (*options.data, options.dataset_name or "", *(one["path"] for one in options.datasets))
+    trained = set(map(normpath, known if is_held_out else ()))
     other = train.partition("[")[0] if is_held_out else train
     test = options.dataset_test_split
-    return [{"path": str(one), "split": split or (test if one in trained else other), **of_hub} for one in names]
+    return [
+        {"path": str(one), "split": split or (test if normpath(one) in trained else other), **of_hub} for one in names
+    ]
 
 
 def _fractions(entries: Sequence[dict[str, Any]]) -> list[float] | None:
