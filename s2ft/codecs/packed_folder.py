@@ -17,7 +17,10 @@ COMPRESSED = "compressed-tensors"
 
 def has_codecs(settings: Mapping[str, Any] | None) -> bool:
     """Whether there are codecs for a checkpoint, given `quantization_config` of its config."""
-    return settings is not None and (settings.get("quant_method") == COMPRESSED or is_nf4(settings))
+    return settings is not None and (
+        is_nf4(settings)
+        or (settings.get("quant_method") == COMPRESSED and bool(settings.get("config_groups")))  # none if only sparse
+    )
 
 
 def is_nf4(settings: Mapping[str, Any]) -> bool:
@@ -53,7 +56,9 @@ class PackedFolder:
         """
         parts = {name.removeprefix(f"{path}."): name for name in self.tensors if name.startswith(f"{path}.")}
         if not parts.keys() & {"weight_packed", "weight_scale", "weight.absmax"}:
-            raise ValueError(f"{self.path}: the weight of {path} is not packed, or it is not there")
+            raise ValueError(
+                f"{self.path}: the weight of {path} isn't packed, or isn't there; --dtype bfloat16 merges it"
+            )
         return {part.removeprefix("weight."): self.tensors[name].read() for part, name in parts.items()}
 
     def name(self, path: str, part: str) -> str:
@@ -81,7 +86,7 @@ class PackedFolder:
             for group in groups:
                 if is_match(path, module, group["targets"], self._settings.get("ignore") or ()):
                     return codec_of(QuantizationArgs.model_validate(group["weights"]).model_dump(mode="json"))
-        raise ValueError(f"{self.path}: the weight of {path} is not packed")
+        raise ValueError(f"{self.path}: the weight of {path} is not packed; --dtype bfloat16 merges it")
 
     def unit_blocks(self, path: str, index: Tensor, dim: int) -> tuple[Codec, Blocks]:
         """The codec of a weight, and the blocks of some rows or columns.

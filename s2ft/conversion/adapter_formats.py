@@ -86,10 +86,15 @@ def _sentence(form: ModuleType, folder: Path, output: str | Path) -> str:
 
 
 def _check_equal(found: Adapter, expected: Adapter) -> None:
-    same = found.selection == expected.selection and all(
-        torch.equal(delta.index, expected.deltas[path].index)
-        and torch.equal(delta.values.double(), expected.deltas[path].values.cpu().double())
-        for path, delta in found.deltas.items()
+    same = (
+        found.selection == expected.selection
+        and found.deltas.keys() == expected.deltas.keys()
+        and found.extra_weights.keys() == expected.extra_weights.keys()
+        and all(
+            torch.equal(delta.index, expected.deltas[path].index)
+            and torch.equal(delta.values.double(), expected.deltas[path].values.cpu().double())
+            for path, delta in found.deltas.items()
+        )
     )
     if not same:
         raise RuntimeError("the files that were written do not hold the adapter")

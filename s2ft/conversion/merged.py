@@ -93,8 +93,9 @@ def write_checkpoint(
         model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
         compare = partial(_compare, model, folder)
     tokenizer.save_pretrained(folder, **of_tokenizer)
-    vocabulary = find_file(locate(model_name)[0], "tokenizer.model")  # transformers 5 saves tokenizer.json alone
-    if vocabulary is not None:
+    source, options = locate(model_name)
+    # transformers 5 saves tokenizer.json alone; beside a .gguf file it may be another model's
+    if (vocabulary := None if options else find_file(source, "tokenizer.model")) is not None:
         shutil.copy(vocabulary, folder)  # llama.cpp's converter needs it for some families
     compare()
     hollow_model(str(folder))  # an error says what is wrong

@@ -54,7 +54,9 @@ def export(
         model, tokenizer = write_checkpoint(folder, model_name, adapter, dtype, save_jinja_files=False)
         found = map(tokenizer.convert_ids_to_tokens, end_ids(tokenizer, model.generation_config))
         words = [word for word in found if word is not None]  # a generation config may have ids of no token
-        context = num_ctx or min(getattr(model.config, "max_position_embeddings", None) or LONGEST, LONGEST)
+        context = num_ctx or min(
+            getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST, LONGEST
+        )
         is_new = tokenizer.chat_template != load_tokenizer(model_name).chat_template
         text = modelfile(context, words, form, template=turn(form, tokenizer.eos_token) if is_new else None)
         (folder / MODELFILE).write_text(text, encoding="utf-8")

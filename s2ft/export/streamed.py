@@ -288,6 +288,10 @@ def write_config(folder: Path, model: Any) -> None:
     """Write the config and the generation settings of a model, as `save_pretrained` writes them."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
+    if getattr(model, "_auto_class", None) is not None:  # its code comes with the base
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

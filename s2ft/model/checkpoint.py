@@ -290,12 +290,9 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
 
     Raises:
         FileNotFoundError: The base does not exist.
-        ValueError: A file is damaged, or a folder has several GGUF files.
+        ValueError: A file is damaged.
     """
-    files = gguf_files(Path(source).expanduser())
-    if len(files) > 1:
-        raise ValueError(f"{source} has several GGUF files: load the model by the path of one of them")
-    if files:
+    if files := gguf_files(Path(source).expanduser()):  # of several, :func:`s2ft.text.models.locate` names one
         return GgufFile(files[0])
     config = find_file(source, "config.json")
     if config is None:

@@ -237,7 +237,8 @@ def hollow_model(name: str):
     source, options = locate(name)
     _check_hub(name, source, None)
     config = _from_pretrained(transformers.AutoConfig, name, source, {**options, **_remote()}, "a config")
-    named = (getattr(transformers, architecture, None) for architecture in config.architectures or ())
+    is_own = type(config).__module__.startswith("transformers_modules.")  # of code that the checkpoint brings
+    named = (getattr(transformers, one, None) for one in (() if is_own else config.architectures or ()))
     autos = (getattr(transformers, auto) for auto in AUTO)
     known = (auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping)
     makes = [found._from_config for found in (*named, *known) if isinstance(found, type)]

@@ -395,7 +395,8 @@ def _head_counts(structure: LayerMap, root: str, around: str, width: int) -> Ite
             yield from found
             return
     divisors = [size for size in range(1, width) if width % size == 0]
-    yield from ((f"divisor {i}", width // size) for i, size in enumerate(divisors))
+    widest = max(structure.inputs.values())  # a small twin's readings have other names: it says nothing of the model's
+    yield from ((f"divisor {i} below width {widest}", width // size) for i, size in enumerate(divisors))
 
 
 def _count(owner: Any, name: str) -> int | None:

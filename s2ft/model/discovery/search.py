@@ -526,7 +526,8 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
         return Trial(copied(model), example)
     except Exception as error:  # models refuse inputs in many ways
         raise ValueError(
-            f"example must be an input that {type(model).__name__} runs on. On a float64 copy of the model: "
+            f"example must be an input on which a float64 copy of {type(model).__name__} runs (by copy.deepcopy, so no "
+            "attribute may hold a tensor with a graph): "
             f"{type(error).__name__}: {error}"
         ) from error
 
