@@ -57,6 +57,7 @@ CHOOSING = (
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")  # of s2ft.Strategy
 LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
 
 
@@ -99,7 +100,10 @@ def check_fields(options: Any) -> None:
             continue
         refuse(
             (least is not None and value < least, f"{one.name} must be at least {least}, got {value}"),
-            (isinstance(value, int) and value > LARGEST, f"{one.name} must be at most {LARGEST}, got {value}"),
+            (
+                isinstance(value, int) and value > LARGEST and not one.name.endswith("_bytes"),
+                f"{one.name} must be at most {LARGEST}, got {value}",
+            ),
             (
                 choices and value not in choices,
                 f"{one.name} must be one of {', '.join(map(str, choices or ()))}, got {value!r}",
@@ -221,7 +225,7 @@ class S2FTConfig:
         u_ratio: Share of the FFN channels of up_proj.
         g_ratio: Share of the FFN channels of gate_proj.
         d_ratio: Share of the FFN channels of down_proj.
-        l_ratio: Share of the inputs or outputs of linear layers that are in no coupling of several layers.
+        l_ratio: Share of the inputs or outputs of linear layers that share their units with no other.
         i_ratio: Share of the inputs of every layer that the other ratios are for. Each layer has inputs of its own, and
             they stay where they are. It goes with none of the other ratios.
         selection: How units are chosen: `random`, or by the norm of `weight`, `activation`, their `product`, or
@@ -272,7 +276,7 @@ class S2FTConfig:
     u_ratio: float = _ratio("FFN channels of up_proj")
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
-    l_ratio: float = _ratio("the inputs or outputs of linear layers that are in no coupling of several layers")
+    l_ratio: float = _ratio("the inputs or outputs of linear layers that share their units with no other")
     i_ratio: float = option(
         0.0, "share of the inputs to train of every layer that the other ratios are for, each layer by itself, 0 to 1"
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.inside import cli_plan as command, strategy as strategies
 from support.models import ALL_RATIOS, model_of, ratios_for
 from support.pairs import rest_slow
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -140,7 +139,3 @@ def test_the_command_finds_the_smallest_number(tmp_path, capsys):
     assert (found["strategy"], found["devices"]) == ("fsdp2", needed.devices) and needed.fits
     assert max(row["peak"] for row in found["rows"]) == needed.peak and all(row["fits"] for row in found["rows"])
     assert main([*words, "--devices", "2"]) == 0 and "on each of 2 cpu devices with fsdp2" in capsys.readouterr().out
-
-
-def test_the_command_has_all_strategies():
-    assert command.STRATEGIES == strategies.STRATEGIES

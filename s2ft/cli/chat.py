@@ -105,7 +105,7 @@ def run_generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     with explain_out_of_memory(smaller_answers(1, str(model.dtype))):
         batch: RunningBatch[AnswerRow] = RunningBatch(model.to(gpu_or_cpu()))
         batch.admit([row])
-        for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, limit):
+        for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, limit, () if is_chat else ids):
             print(piece, end="", flush=True)
     print()
     if limit < sampling.max_new_tokens and len(row.tokens) == limit and row.tokens[-1] not in prompter.ends:
@@ -295,10 +295,10 @@ class Talk:
                         return
                 elif line.strip():
                     self._answer(line[1:] if line.startswith("//") else line)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:  # RuntimeError: out of memory
                 if not self.is_terminal:
                     raise
-                say(f"error: {error}")
+                say(f"error: {error or 'interrupted'}")
 
     def _lines(self) -> Iterator[str]:
         """The lines of the input. A line that ends with a backslash is joined with the next one."""

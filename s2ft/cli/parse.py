@@ -249,8 +249,9 @@ class OptionParser(argparse.ArgumentParser):
             if action.dest in found:
                 self.error(f"config {path}: {spelled[action.dest]} and {key} are the same option: keep one of them")
             spelled[action.dest] = str(key)
-            if value is None and _takes(self.hints[action.dest], list):
-                continue  # a list that is not filled in
+            hint = self.hints[action.dest]
+            if value is None and (NoneType not in get_args(hint) or _takes(hint, list)):
+                continue  # not filled in
             try:
                 found[action.dest] = self._value(action, value)
             except (ValueError, TypeError, argparse.ArgumentTypeError) as error:

@@ -8,14 +8,13 @@ import logging
 from dataclasses import asdict, dataclass, replace
 
 from s2ft.cli.parse import MODEL, command, new_file
-from s2ft.config import S2FTConfig, check_fields, option, refuse
+from s2ft.config import STRATEGIES, S2FTConfig, check_fields, option, refuse
 from s2ft.text.data.data_options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES, hollow_model, load_model, model_on_disk, model_without_values
 from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, check_ratios, with_default_ratio
 
 SHARED = {"group": "model and data"}
 SEVERAL = {"group": "several devices"}
-STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")  # those of s2ft.Strategy, without torch
 RANK = "LoRA rank: of a LoRA on the same weights with as many parameters"
 
 

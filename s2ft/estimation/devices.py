@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.config import check_whole, refuse
+from s2ft.config import STRATEGIES, check_whole, refuse
 from s2ft.files.plain_text import table
 
 # ---- the result -----------------------------------------------------------------------------------------------------
@@ -224,7 +224,6 @@ def size_of(value: int | str | None, name: str) -> int | None:
 # ---- several devices ------------------------------------------------------------------------------------------------
 
 
-STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")
 OFFLOADS: dict[str, tuple[str, ...]] = {
     "fsdp2": ("all",),
     "tp+fsdp2": ("all",),

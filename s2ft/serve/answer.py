@@ -74,7 +74,8 @@ class Service:
                 top_k=max(0, body.top_k or 0),
                 min_p=body.min_p or 0.0,
             )
-            length, text = self.answer_length(body, len(ids)), TextStream(self._decoding, body.stops)
+            length, before = self.answer_length(body, len(ids)), () if isinstance(body, ChatRequest) else ids
+            text = TextStream(self._decoding, body.stops, before)
             return Job(ids, length, sampler, text, prompter.ends, emit, served)
         except BaseException:
             self.engine.adapters.release(served)

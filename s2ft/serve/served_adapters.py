@@ -69,14 +69,14 @@ class Adapters:
         self._lock = threading.Lock()  # guards the three fields above; no adapter is read while it is held
         for name, folder in folders_of(self.sources, reserved).items():
             try:
-                self._add(name, folder)
+                self._add(name, folder.absolute())
             except (ValueError, OSError) as error:
-                self.refused[name] = reason_of(error, folder)
+                self.refused[name] = reason_of(error, folder.absolute())
 
     def _add(self, name: str, folder: Path) -> None:
         """Check an adapter and serve it. Other requests go on meanwhile."""
         check_adapter_name(name)
-        stamp, prompt = stamp_of(folder), recorded_format(self.bank.check(folder).info)
+        stamp, prompt = stamp_of(folder), recorded_format(self.bank.check(folder).info, f"adapter {name!r}")
         with self._lock:
             if name in self.reserved or name in self._served:
                 raise ApiError(400, "name_taken", f"there is already a model {name!r}: unload it first")

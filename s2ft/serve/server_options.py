@@ -55,7 +55,11 @@ class ServerOptions:
         2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB", least=1, **SERVER
     )
     adapter_bytes: int | None = option(
-        None, "memory for adapters in bytes; the least recently used ones are removed", shown="no limit", **SERVER
+        None,
+        "memory for adapters in bytes; the least recently used ones are removed",
+        shown="no limit",
+        least=1,
+        **SERVER,
     )
     access_log: str = option(
         "text", "one line a request in the log, as text or as JSON, or off", choices=("text", "json", "off"), **SERVER

@@ -231,7 +231,7 @@ def give_prompt(tokenizer, info: Mapping[str, Any], name: str):
         ValueError: The recorded format can't be read, or its template can't have a default system prompt.
     """
     prompter = Prompter(tokenizer, info, name=name)
-    if recorded_format(info) is None or prompter.format.template is None:
+    if KEY not in info or prompter.format.template is None:
         return tokenizer
     tokenizer.chat_template = standalone_template(prompter.format)
     logger.info(

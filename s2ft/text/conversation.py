@@ -10,7 +10,9 @@ from s2ft.text.generation import AnswerRow, RunningBatch, TextStream
 SHARE = 4  # a prompt leaves at least one part in so many of the context to the answer
 
 
-def pieces(batch: RunningBatch, row: AnswerRow, tokenizer, ends: frozenset[int], limit: int) -> Iterator[str]:
+def pieces(
+    batch: RunningBatch, row: AnswerRow, tokenizer, ends: frozenset[int], limit: int, before: Sequence[int] = ()
+) -> Iterator[str]:
     """Generate the rest of an answer and yield its text, as soon as it is complete.
 
     Args:
@@ -19,11 +21,12 @@ def pieces(batch: RunningBatch, row: AnswerRow, tokenizer, ends: frozenset[int],
         tokenizer: The model's tokenizer.
         ends: Tokens that end the answer.
         limit: Longest answer in tokens.
+        before: The prompt's tokens, if the answer continues its text.
 
     Raises:
         ValueError: The model's output is not a finite number.
     """
-    text = TextStream(tokenizer)
+    text = TextStream(tokenizer, before=before)
     while not row.failed and row.tokens[-1] not in ends:
         yield text.push(row.tokens[-1])
         if len(row.tokens) == limit:

@@ -111,7 +111,7 @@ def answer_ids(
     )
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     answers: dict[int, list[int]] = {}
-    if batch_size > 1 and not takes_left_padding(model):
+    if batch_size > 1 and (scales_with_length(model.config) or not takes_left_padding(model)):
         batch_size = 1
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
@@ -368,8 +368,6 @@ def takes_left_padding(model) -> bool:
 def rows_interact(config) -> bool:
     """Whether a row must run alone, since its result depends on the longest row of its batch, or it has states.
 
-    The first is so for rotary position embeddings that scale with the length of the input.
-
     Args:
         config: The model's config.
 
@@ -377,10 +375,14 @@ def rows_interact(config) -> bool:
         >>> s2ft.text.generation.rows_interact(model.config)
         False
     """
+    return scales_with_length(config) or keeps_states(config)
+
+
+def scales_with_length(config) -> bool:
+    """Whether rotary position embeddings depend on the length of the longest row of a batch."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
-    scales = any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope") for kind in kinds)
-    return scales or keeps_states(config)
+    return any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope") for kind in kinds)
 
 
 def keeps_states(config) -> bool:
@@ -408,15 +410,18 @@ class TextStream:
     Args:
         tokenizer: The model's tokenizer.
         stop: Strings that end the text. They are not returned.
+        before: Tokens of a text that this one continues, with its first space.
 
     Attributes:
         stopped: Whether a stop string was found.
     """
 
-    def __init__(self, tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._window: list[int] = []
-        self._sent, self._held = 0, ""  # characters of the window's text that were passed on; what is held back
+        self._window, self._held = list(before)[-CONTEXT:], ""  # tokens; text that is held back
+        self._sent = len(
+            self._decode(self._window).rstrip(BROKEN)
+        )  # characters of the window's text that were passed on
         self._open = 0  # tokens since the text was whole characters
         self.stopped = False
 
@@ -527,7 +532,10 @@ class Sampler:
         Returns:
             The token id.
         """
-        scores, seen = logits.detach().cpu().double()[None], torch.tensor([[*prompt, *tokens]], dtype=torch.int64)
+        scores, seen = (
+            logits.detach().cpu().double()[None],
+            torch.tensor([[] if self.plain else [*prompt, *tokens]], dtype=torch.int64),
+        )
         for change in self._changes:
             scores = change(seen, scores)
         if self.greedy:

@@ -83,7 +83,7 @@ def test_a_prompt_that_can_not_be_read_refuses_the_adapter(spare, tmp_path, capl
     native.write(adapter, tmp_path / "good")
     with running(tmp_path, tiny_model(**UNTIED)) as (url, _):
         assert served(url) == [BASE, "good"]
-    assert "not served: odd: the prompt that the adapter records can't be read: form must be one of" in caplog.text
+    assert "not served: odd: the prompt that adapter 'odd' records can't be read: form must be one of" in caplog.text
 
 
 def test_sources_that_make_no_sense_are_refused(spare, tmp_path):

@@ -29,12 +29,16 @@ def examples(count=5):
     return list(examples_of(normalised(row, {}) for row in sums(count)))
 
 
-@pytest.mark.parametrize("pads", ["left", "never"])
+@pytest.mark.parametrize("pads", ["left", "never", "scaled"])
 def test_batches_equal_single_prompts_in_order(model, pads):
-    """A model that ignores the mask of padding gets one prompt at a time."""
+    """A model that ignores the mask of padding, or whose positions scale with the batch, gets one prompt at a time."""
     if pads == "never":
         config = RwkvConfig(vocab_size=259, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
         model = AutoModelForCausalLM.from_config(config).eval()
+    elif pads == "scaled":
+        rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "factor": 4.0}
+        rope |= {"rope_theta": 10.0, "original_max_position_embeddings": 48}
+        model = randomize(tiny_model(rope_parameters=rope), std=0.5)
     tokenizer = tiny_tokenizer()
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": "a" * n}]) for n in (3, 30, 1, 12, 7)]
     single = [generate(model, tokenizer, [prompt], 1, 8)[0] for prompt in prompts]

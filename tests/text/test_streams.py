@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 from support.inside import TextStream
+from text.merging_tokenizers import TOKENIZERS
 from tokenizers import decoders, models, pre_tokenizers
 from train.tiny import SPECIAL, fast_tokenizer, tiny_tokenizer
 
@@ -31,6 +32,15 @@ def pieces(tokens, stop=(), tokenizer=TOKENIZER):
 def test_pieces_of_any_tokens_add_up_to_the_text(tokens):
     expected = TOKENIZER.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert "".join(pieces(tokens)[0]) == expected
+
+
+def test_a_text_that_continues_a_prompt_keeps_its_first_space():
+    tokenizer = TOKENIZERS["SentencePiece"]()
+    ids = tokenizer("the cat sat")["input_ids"]
+    for cut in range(1, len(ids)):
+        stream = TextStream(tokenizer, before=ids[:cut])
+        parts = (tokenizer.decode(ids[:cut], skip_special_tokens=True), *map(stream.push, ids[cut:]), stream.flush())
+        assert "".join(parts) == "the cat sat"
 
 
 @settings(deadline=None)
