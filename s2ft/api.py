@@ -7,7 +7,7 @@ from torch import nn
 
 from s2ft.adapter.adapter import ON_TOP_OF
 from s2ft.attached.active import apart_from_active, parameters_to_save, switch
-from s2ft.attached.mounting import check_one_place, starting_from_base
+from s2ft.attached.mounting import check_can_move, check_one_place, starting_from_base, trained_couplings
 from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
     check_new_name,
@@ -181,7 +181,7 @@ def plan(
     example: Any = None,
     protect: Iterable[Any] | None = None,
 ) -> Report:
-    """Return the report that :func:`attach` would return. The model does not change.
+    """Return a report of what :func:`attach` would train. The model does not change.
 
     A selection that reads no weights (random, or units given by hand) can be planned on a model on the meta device.
 
@@ -205,6 +205,8 @@ def plan(
         1664
     """
     found, selection = _chosen(model, config, calibration, couplings, example, protect)
+    if config.layout == "permuted":
+        check_can_move(model, trained_couplings(found.couplings, selection))
     return Report.planned(model, found.couplings, config, selection, found.is_custom, found.weights)
 
 

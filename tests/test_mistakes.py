@@ -162,6 +162,14 @@ ATTACHING = [
     (with_two(lambda world: s2ft.attach(world.model, S2FTConfig(i_ratio=0.2))), ValueError, "i_ratio other"),
     (with_two(lambda world: s2ft.plan(world.model, S2FTConfig(d_ratio=0.1))), ValueError, "adapter"),
     (changed(share_a_module), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one tied weight"),
+    (
+        changed(
+            lambda layers: setattr(layers[1].mlp.up_proj, "weight", layers[0].mlp.up_proj.weight),
+            lambda model, _: s2ft.plan(model, S2FTConfig(d_ratio=0.1)),
+        ),
+        ValueError,
+        "layers.0.mlp.up_proj one tied weight indexed",
+    ),
     (changed(share_a_module, s2ft.plan), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one tied weight"),
     (
         changed(lambda layers: setattr(layers[1].mlp.down_proj.weight, "data", layers[0].mlp.down_proj.weight.data)),

@@ -19,7 +19,7 @@ Of these types, {attached} can be trained, {whole} of them with FFN and attentio
 - *FFN*, *attention*: *moves* and *confirmed*: the selected units are brought together, so that they are one slice of
   the weight; for discovered couplings, trials showed that this changes nothing. *in place*: the units are trained where
   they lie, through an index. The results are the same.
-- *Others*: layers that are in no coupling of several layers and can be trained one by one (`l_ratio`).
+- *Others*: layers that share their units with no other and can be trained one by one (`l_ratio`).
 - *Towers*: the parts of the model that have couplings. `towers=` chooses among them.
 - *Checks*: attach changes no output, every slice that runs gets a gradient, a saved adapter loads again bit for bit,
   and the merged checkpoint loads again bit for bit and computes what was trained. A word stands for a check that fails.

@@ -114,7 +114,8 @@ class Adapter:
         """Copy the adapter with each delta and extra weight on a device of its own.
 
         Args:
-            devices: Devices by projection and by the name of an extra weight. On the meta device nothing is put.
+            devices: Devices by projection and by the name of an extra weight. Tensors whose device is meta stay where
+                they are.
 
         Returns:
             A new adapter, or this one if everything is there already.

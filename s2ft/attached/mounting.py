@@ -356,9 +356,8 @@ def _moves(model: nn.Module, trained: list[Coupling], selection: Selection) -> l
 
     A coupling without a move is trained in place: its units can't move, or no rank has them whole.
     """
-    movable = [coupling for coupling in trained if coupling.movable]
-    check_can_move(model, movable)
-    blocks = [(coupling, unit_blocks(model, coupling)) for coupling in movable]
+    check_can_move(model, trained)
+    blocks = [(coupling, unit_blocks(model, coupling)) for coupling in trained if coupling.movable]
     return [
         Move(coupling, order_in_blocks(found, *_selected(coupling, selection)))
         for coupling, found in blocks
@@ -384,9 +383,9 @@ STYLES = ("ColwiseParallel", "RowwiseParallel", "PackedColwiseParallel")  # of t
 
 
 def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
-    """Raise ValueError if the units of one of the couplings can't be reordered with the weights as they are."""
+    """Raise ValueError if the units of a movable coupling can't be reordered with the weights as they are."""
     names = _names_of_parameters(model)
-    for coupling in couplings:
+    for coupling in (one for one in couplings if one.movable):
         handles = [weight_at(model, projection) for projection in coupling.projections]
         obstacles = [
             f"{handle.path} is a quantized weight ({type(handle.holder).__name__})"

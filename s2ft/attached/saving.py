@@ -40,7 +40,7 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
 
     Raises:
         ValueError: No adapter has this name, or the state lacks an s2.
-        RuntimeError: A rank did not take part within ten minutes.
+        RuntimeError: A rank did not take part within the timeout of the process group.
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
@@ -111,7 +111,8 @@ def save_adapter(
 
     Raises:
         ValueError: No adapter has this name, or a delta is empty or not finite. Nothing is written.
-        RuntimeError: Another rank failed to write, or did not take part within ten minutes.
+        RuntimeError: Another rank failed to write, or did not take part within the timeout of the process
+            group.
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
@@ -188,7 +189,7 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     Every rank of a sharded model must call this.
 
     Raises:
-        RuntimeError: A rank did not take part within ten minutes.
+        RuntimeError: A rank did not take part within the timeout of the process group.
     """
     reshard_all(model)
     return full_tensors(trained_tensors(model, attachment_of(model)))
