@@ -30,7 +30,7 @@ import s2ft
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.bank import AdapterBank
-from s2ft.attached.record import new_attachment
+from s2ft.attached.record import new_record
 from s2ft.model.coupling import projections_of
 from s2ft.model.weights import Delta, weight_at
 
@@ -51,7 +51,7 @@ BEGINNINGS = (
 
 def write_adapters(base: nn.Module, count: int, root: str) -> list[str]:
     """Write random adapters, each into a folder. Returns their names."""
-    record = new_attachment(base)
+    record = new_record(base)
     for seed in range(count):
         torch.manual_seed(seed)
         config = s2ft.S2FTConfig(d_ratio=RATIO, seed=seed)

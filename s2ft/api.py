@@ -14,8 +14,8 @@ from s2ft.attached.record import (
     check_parallelism,
     check_sentence_model,
     check_unattached,
-    find_attachment,
-    new_attachment,
+    find_record,
+    new_record,
     on_unwrapped,
     unwrapped,
 )
@@ -95,25 +95,25 @@ def attach(
     for option, value in (("verify", verify), ("on_top", on_top)):
         if not (isinstance(value, bool) or value is None and option == "verify"):
             raise TypeError(f"{option} must be True or False, got {value!r}")
-    check_sentence_model(model)
+    check_sentence_model(model)  # needs the wrapper
     model = unwrapped(model)
     config = with_protect_ratio(with_units(config), protect is not None)  # the adapter stores what was used
-    record = find_attachment(model)
+    record = find_record(model)
     if record is not None and record.name is not None:
         raise ValueError(f"{record.name!r} is trainable, and one adapter can be: freeze_adapter, merge or detach first")
     check_new_name(record, name)
-    if record is None:
-        record = new_attachment(model, couplings, example, config)
+    if record is None:  # finds the couplings, and reads the weights once, for the fingerprint
+        record = new_record(model, couplings, example, config)
     elif couplings is not None and find_couplings(model, couplings, example, config).couplings != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
-    elif config.trains_inputs != any(name.endswith(".i") for name in record.projections):
+    elif config.trains_inputs != any(name.endswith(".i") for name in record.projections):  # .i: of i_ratio
         raise ValueError("adapters of i_ratio and of other ratios do not go into one model")
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
     parameters_to_save(model, record.couplings, config.modules_to_save)  # raises, before the calibration runs
     choosable = couplings_in_towers(model, record.couplings, config)
     below, selection = dict(record.active) if on_top else {}, None
-    if below:  # metrics read the model with the active adapters
+    if below:  # metrics read the model with the adapters that are active, below the new one
         config = apart_from_active(record, config, choosable)
         selection = select_units(choosable, config, model, calibration, protect)
     with starting_from_base(model, record):

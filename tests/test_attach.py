@@ -4,7 +4,7 @@ from functools import wraps
 
 import pytest
 import torch
-from support.inside import ACTIVATIONS, HIDDEN_ACTS, attachment_of, couplings_of, projections_of, weight_at
+from support.inside import ACTIVATIONS, HIDDEN_ACTS, couplings_of, projections_of, record_of, weight_at
 from support.models import (
     ALL_RATIOS,
     CASES,
@@ -80,7 +80,7 @@ def test_every_layer_is_reported_and_trained(case):
     weights = block_weights(model)
     projections = {(p.path, p.key) for p in projections_of(couplings_of(model))}
     report = s2ft.attach(model, config_for(case, "all"))
-    assert set(attachment_of(model).mounts) == weights == {path for path, _ in projections}
+    assert set(record_of(model).mounts) == weights == {path for path, _ in projections}
     assert sum(row.layers for row in report.rows) == len(projections)
     assert len({(row.projection, row.units) for row in report.rows}) == len(report.rows)
 
@@ -104,7 +104,7 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
     for layout in LAYOUTS:
         model = with_adapter(model_of(case), config_for(case, "all", layout=layout))
         losses[layout] = train(model, steps=2, weight_decay=0.0)
-        record = attachment_of(model)
+        record = record_of(model)
         selections.append(record.selection)
     assert selections[0] == selections[1] and selections[0].digest == selections[1].digest
     full = model_of(case).requires_grad_(False)
@@ -124,7 +124,7 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
 
 def test_permuted_layout_is_one_dense_slice_where_units_can_move():
     model = with_adapter(model_of("llama"), S2FTConfig(**ALL_RATIOS))
-    assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
+    assert all(mount.layer.index is None for mount in record_of(model).mounts.values())
 
 
 def test_grouped_query_heads_stay_in_their_groups():
@@ -151,8 +151,8 @@ def test_layers_restricts_and_keeps_the_other_layers_draws():
     model = with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1, layers=[1]))
     whole = with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1))
     path = "model.layers.1.mlp.down_proj"
-    assert list(attachment_of(model).mounts) == [path]
-    assert torch.equal(attachment_of(model).selection[path], attachment_of(whole).selection[path])
+    assert list(record_of(model).mounts) == [path]
+    assert torch.equal(record_of(model).selection[path], record_of(whole).selection[path])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_the_ffn_kernel_gives_the_same_logits_and_gradients_for_every_activation
     logits, gradients = [], []
     for fuse in (True, False):
         model = with_adapter(model_of(case), S2FTConfig(**ALL_RATIOS, ffn_kernel=fuse))
-        assert len(attachment_of(model).forwards) == (3 if fuse else 0)
+        assert len(record_of(model).forwards) == (3 if fuse else 0)
         batch = token_batch(model)
         output = model(batch, labels=batch)
         output.loss.backward()
@@ -287,4 +287,4 @@ def test_models_with_other_heads_and_single_encoders_or_decoders(kind, case, lin
     """Couplings are found wherever encoder and decoder lie, and a missing one is not required."""
     if case not in CASES:
         pytest.skip(f"this transformers is too old for {case}")
-    assert len(attachment_of(with_adapter(kind(CASES[case]()), config_for(case, "all"))).mounts) == linears
+    assert len(record_of(with_adapter(kind(CASES[case]()), config_for(case, "all"))).mounts) == linears

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conversion.test_streamed import without_values
 from support.commands import s2ft_command
-from support.inside import SOURCE, StoredTensor, StoredWeights, attachment_of, lay_out, open_checkpoint
+from support.inside import SOURCE, StoredTensor, StoredWeights, lay_out, open_checkpoint, record_of
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from support.pairs import rest_slow
 from torch import nn
@@ -52,8 +52,8 @@ def test_selection_and_fingerprint_are_those_of_the_loaded_model(case, layout, s
         report = s2ft.attach(hollow, config)
     found = s2ft.attach(loaded, config)
     assert (report.rows, report.trainable, report.total) == (found.rows, found.trainable, found.total)
-    assert attachment_of(hollow).selection == attachment_of(loaded).selection
-    assert attachment_of(hollow).fingerprint == attachment_of(loaded).fingerprint
+    assert record_of(hollow).selection == record_of(loaded).selection
+    assert record_of(hollow).fingerprint == record_of(loaded).fingerprint
     assert [name for name, tensor in hollow.named_parameters() if tensor.is_meta == name.endswith(".s2")] == []
 
 

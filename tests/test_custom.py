@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.aliases import alias_of
-from support.inside import Projection, Vector, attachment_of
+from support.inside import Projection, Vector, record_of
 from support.models import ALL_RATIOS, LAYOUTS
 from support.nets import seeded
 from support.states import same, with_adapter, with_loaded
@@ -252,7 +252,7 @@ def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
     ]
     assert report.total == sum(p.numel() for p in base.parameters())
     assert "running statistics of 1 modules, the first of them norm" in str(report)
-    moved = {move.coupling.consumer.path for move in attachment_of(model).moves}
+    moved = {move.coupling.consumer.path for move in record_of(model).moves}
     assert moved == ({"second", "head"} if layout == "permuted" else set())
     with s2ft.disable_adapters(model), torch.autocast("cpu", torch.bfloat16):
         rtol, atol = GEMM[torch.bfloat16] if layout == "permuted" else (0, 0)  # sums in another order round differently

@@ -20,13 +20,13 @@ from support.aliases import (
 from support.composites import missing as lacks_composite, part_types
 from support.inside import (
     FAMILIES,
-    attachment_of,
     composite,
     couplings_of,
     gated_forward,
     is_too_old,
     mounted_deltas,
     projections_of,
+    record_of,
     tower_of,
 )
 from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of, randomized, token_batch
@@ -63,7 +63,7 @@ def check_declaration(base):
 
     loss_of(model).backward()
     torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0).step()
-    deltas = mounted_deltas(attachment_of(model))
+    deltas = mounted_deltas(record_of(model))
     assert deltas.keys() == {p.name for p in projections}
     changes = {p.name: float(deltas[p.name].values.abs().max()) for p in projections if p.expert is None}
     # a gradient of 0 may come out as a rounding error

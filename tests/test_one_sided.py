@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from support.inside import CONFIG, attachment_of, describe
+from support.inside import CONFIG, describe, record_of
 from support.models import LAYOUTS, inputs_of, model_of, train as fit
 from support.nets import seeded
 from support.pairs import pairs
@@ -67,7 +67,7 @@ def attached(layout="permuted", side="inputs", selection="random", unit=1, **opt
 def test_the_chosen_units_are_trained_in_place(selection, side, layout):
     base, (model, report) = net(), attached(layout, side, selection)
     assert report.couplings == {"movable": 1, "one-sided": 2}
-    assert not [move for move in attachment_of(model).moves if move.coupling.is_one_sided]
+    assert not [move for move in record_of(model).moves if move.coupling.is_one_sided]
     assert not model.first.bias.requires_grad and not model.first.weight.requires_grad
     fit(model, 2, loss_of=lambda model: model(**batch())["loss"])
     assert all(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
@@ -86,7 +86,7 @@ def test_units_of_several_elements():
 @pytest.mark.parametrize("options", [dict(budget=900), dict(match_lora_rank=2), dict(allocation="global")])
 def test_plan_and_estimate_count_them(options):
     model, report = attached(selection="weight" if "allocation" in options else "random", **options)
-    config = attachment_of(model).config
+    config = record_of(model).config
     plan = s2ft.plan(net(), config, couplings=couplings())
     assert plan.trainable == report.trainable and plan.rows == report.rows and plan.couplings == report.couplings
     options = dict(optimizer="sgd", example=batch(), couplings=couplings())

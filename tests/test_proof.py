@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.aliases import ROWS, model_with
-from support.inside import attachment_of, copied, couplings_of, examples_examples_of as examples_of, tiny_config
+from support.inside import copied, couplings_of, examples_examples_of as examples_of, record_of, tiny_config
 from support.models import model_of
 from support.states import same, with_adapter
 from torch import nn
@@ -276,7 +276,7 @@ def test_a_fast_path_reads_the_trained_weights(layout):
     net, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(2, 5, 16)
     s2ft.attach(net, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout=layout), example=x)
     with torch.no_grad():
-        for mount in attachment_of(net).mounts.values():
+        for mount in record_of(net).mounts.values():
             mount.layer.s2.normal_()
         torch.testing.assert_close(net(x), s2ft.merge(copy.deepcopy(net))(x))
 
@@ -397,7 +397,7 @@ def test_four_runs_prove_a_language_model_and_nothing_is_kept():
     state = torch.get_rng_state()
     s2ft.attach(model, S2FTConfig(d_ratio=0.2))
     assert calls == [False, True, True, False] and torch.equal(torch.get_rng_state(), state)
-    mounts = attachment_of(model).mounts.values()
+    mounts = record_of(model).mounts.values()
     assert all(not mount.layer.s2.any() and mount.layer.s2.grad is None for mount in mounts)
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one).__name__ == "Proof"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from adapter.test_pretrained import StopAt, trainer as plain_trainer
-from support.inside import attachment_of, mounted_deltas
+from support.inside import mounted_deltas, record_of
 from support.models import fit, output_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from support.quantized import (
@@ -125,7 +125,7 @@ def test_quantized_couplings_that_are_not_trained_do_not_matter(kind):
     before, logits = contents(model), forward(model)
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, u_ratio=0.1), verify=True)
     assert relative_difference(forward(model), logits) <= (3e-2 if kind == "nf4-bfloat16" else LOGITS)
-    assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
+    assert all(mount.layer.index is None for mount in record_of(model).mounts.values())
     train(model)
     s2ft.merge(model)
     assert_same_contents(contents(model), before)
@@ -272,7 +272,7 @@ def trainer(model, folder, **arguments):
 
 
 def deltas_of(model):
-    return {name: delta.values for name, delta in mounted_deltas(attachment_of(model)).items()}
+    return {name: delta.values for name, delta in mounted_deltas(record_of(model)).items()}
 
 
 @pytest.mark.parametrize(

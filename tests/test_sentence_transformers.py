@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.encoders import save_encoder
-from support.inside import attachment_of
+from support.inside import record_of
 from support.tolerances import LOGITS, relative_difference
 
 import s2ft
@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_with_the_same_slices(folder, tmp_path):
     trained(folder, tmp_path / "run")
     again = with_adapter(encoder(folder), CONFIG)
     trainer(again, tmp_path / "run", max_steps=4, save_steps=2).train(resume_from_checkpoint=True)
-    expected, found = (attachment_of(model.transformers_model).slices for model in (whole, again))
+    expected, found = (record_of(model.transformers_model).slices for model in (whole, again))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_extra_apart
 from s2ft.attached.record import (
-    Attachment,
     Mount,
+    Record,
     Written,
-    attachment_of,
     check_plain_and_untied,
     check_slices_are_here,
     check_weights_are_here,
     coupled_names,
+    record_of,
 )
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import (
@@ -74,7 +74,7 @@ def all_or_nothing(change: Callable[[], Any], recover: Callable[[], Any] | None 
             raise
 
 
-def switch(model: nn.Module, record: Attachment, factors: dict[str, float]) -> None:
+def switch(model: nn.Module, record: Record, factors: dict[str, float]) -> None:
     """Make these adapters active in place of those that are.
 
     Args:
@@ -103,12 +103,12 @@ def switch(model: nn.Module, record: Attachment, factors: dict[str, float]) -> N
         activate(model, record, factors, own_deltas)
 
 
-def deactivate(model: nn.Module, record: Attachment) -> None:
+def deactivate(model: nn.Module, record: Record) -> None:
     """Make no adapter active: the weights hold the base, bit for bit."""
     all_or_nothing(partial(_restore_base, model, record))  # an interrupt: finish what it cut short
 
 
-def _restore_base(model: nn.Module, record: Attachment) -> None:
+def _restore_base(model: nn.Module, record: Record) -> None:
     record.change_unfinished, record.active = True, {}
     reshard_all(model)
     take_off_extra(model, record)
@@ -136,7 +136,7 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
 
 
 def activate(
-    model: nn.Module, record: Attachment, factors: dict[str, float], own_deltas: dict[str, Delta] | None = None
+    model: nn.Module, record: Record, factors: dict[str, float], own_deltas: dict[str, Delta] | None = None
 ) -> None:
     """Make these adapters active. Their weighted sum is written into the model in one pass.
 
@@ -173,7 +173,7 @@ def activate(
         raise
 
 
-def add_deltas(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
+def add_deltas(model: nn.Module, record: Record, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
     """Add a weighted sum of deltas to a weight. What it overwrites is recorded first, for :func:`deactivate`."""
     with weight_at(model, projection).shard() as shard:
         weight, dim = shard.tensor, projection.dim
@@ -189,13 +189,13 @@ def add_deltas(model: nn.Module, record: Attachment, projection: Projection, par
             scatter_add_(weight, index, values, dim, [factor for _, factor in parts], is_checked=True)
 
 
-def _is_on_another_device(model: nn.Module, record: Attachment, name: str) -> bool:
+def _is_on_another_device(model: nn.Module, record: Record, name: str) -> bool:
     """Whether the weights of a loaded adapter are not where its tensors are, judged by the first of them."""
     path, delta = next(iter(record.loaded[name].deltas.items()))
     return delta.values.device != weight_at(model, record.projections[path]).tensor.device
 
 
-def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+def place_loaded(model: nn.Module, record: Record, names: Iterable[str]) -> None:
     """Make loaded adapters ready, so that a switch sends nothing to a device and waits for nothing.
 
     Their tensors go to the devices of the weights, unless an adapter was loaded with a device of its own, or the
@@ -222,7 +222,7 @@ def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> 
 # ---- deltas of the trainable adapter -------------------------------------------------------------------
 
 
-def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
+def mounted_deltas(record: Record, state: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
     """Return copies of the trainable adapter's deltas, by projection, in the base's order.
 
     Args:
@@ -262,7 +262,7 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
         )
 
 
-def coded_deltas(record: Attachment, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+def coded_deltas(record: Record, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
     """Return the deltas of :func:`mounted_deltas`; those that a codec rounds are what the base's file will hold."""
     found = dict(deltas)
     for name, (mount, part) in record.parts.items():
@@ -273,7 +273,7 @@ def coded_deltas(record: Attachment, deltas: Mapping[str, Delta]) -> dict[str, D
     return found
 
 
-def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
+def set_mounted_deltas(record: Record, deltas: dict[str, Delta]) -> None:
     """Copy deltas of the same selection into the trainable layers. Every rank with a shard of them must call this."""
     parts = record.parts
     for name, delta in deltas.items():
@@ -284,7 +284,7 @@ def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
 # ---- a trainable adapter on top of the active ones, on units that none of them trains -------------------------
 
 
-def apart_from_active(record: Attachment, config: S2FTConfig, couplings: Sequence[Coupling]) -> S2FTConfig:
+def apart_from_active(record: Record, config: S2FTConfig, couplings: Sequence[Coupling]) -> S2FTConfig:
     """Return a config that chooses no unit that an active adapter trains.
 
     Args:
@@ -310,7 +310,7 @@ def apart_from_active(record: Attachment, config: S2FTConfig, couplings: Sequenc
     return replace(config, exclude=exclude or None)
 
 
-def _check_apart(record: Attachment, units: dict[str, Tensor]) -> None:
+def _check_apart(record: Record, units: dict[str, Tensor]) -> None:
     for name in record.active:
         theirs = record.loaded[name].selection.units
         for path in units.keys() & theirs.keys():
@@ -326,7 +326,7 @@ def _check_apart(record: Attachment, units: dict[str, Tensor]) -> None:
 
 
 @torch.compiler.disable
-def write_changed_layers(model: nn.Module, record: Attachment) -> None:
+def write_changed_layers(model: nn.Module, record: Record) -> None:
     """Write base + s2 into every weight that holds other values of s2. Every rank of a sharded model must call this.
 
     Args:
@@ -363,7 +363,7 @@ def without_trainable(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: The model has no adapters.
     """
-    record = attachment_of(model)
+    record = record_of(model)
     if not record.trains:
         yield
         return
@@ -441,7 +441,7 @@ def parameters_to_save(model: nn.Module, couplings: list[Coupling], modules: Seq
     return list(dict.fromkeys(names))
 
 
-def extra_parameters(model: nn.Module, record: Attachment) -> dict[str, nn.Parameter]:
+def extra_parameters(model: nn.Module, record: Record) -> dict[str, nn.Parameter]:
     """Return the extra weights of the trainable adapter by name, recorded or unfrozen since."""
     if record.name is None:
         return {}
@@ -458,7 +458,7 @@ def extra_parameters(model: nn.Module, record: Attachment) -> dict[str, nn.Param
 # ---- recording values before training ------------------------------------------------------------------
 
 
-def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+def unfreeze(model: nn.Module, record: Record, names: Iterable[str]) -> None:
     """Record the values of parameters, then make them require a gradient."""
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name] for name in names}
@@ -487,7 +487,7 @@ def _with_address(model: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
     return made
 
 
-def keep_base_before_forward(model: nn.Module, record: Attachment) -> None:
+def keep_base_before_forward(model: nn.Module, record: Record) -> None:
     """Record the values of parameters that were unfrozen by hand. This runs before every training forward.
 
     Raises:
@@ -528,12 +528,12 @@ def _trains_more(module: nn.Module, known: set[int]) -> bool:
     return False
 
 
-def keep_base_of_unfrozen(model: nn.Module, record: Attachment) -> None:
+def keep_base_of_unfrozen(model: nn.Module, record: Record) -> None:
     """Record the values of parameters that were unfrozen by hand, before anything but training changes them."""
     _keep_base_of(record, extra_parameters(model, record))
 
 
-def _keep_base_of(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
+def _keep_base_of(record: Record, parameters: Mapping[str, Tensor]) -> None:
     new = {name: parameter for name, parameter in parameters.items() if name not in record.extra.base}
     arrive = record.awaits_weights and not reads_weights()  # the values here are not the base's
     kept = {name: value.detach().to("meta") for name, value in new.items()} if arrive else full_copies(new)
@@ -548,7 +548,7 @@ def full_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- switching -----------------------------------------------------------------------------------------
 
 
-def take_off_extra(model: nn.Module, record: Attachment) -> None:
+def take_off_extra(model: nn.Module, record: Record) -> None:
     """Write the base into every extra weight, bit for bit. The trained values are kept."""
     extra = record.extra
     if not extra.base and not extra.overwritten:
@@ -560,7 +560,7 @@ def take_off_extra(model: nn.Module, record: Attachment) -> None:
     extra.overwritten = {}
 
 
-def put_on_extra(model: nn.Module, record: Attachment, factors: Mapping[str, float]) -> None:
+def put_on_extra(model: nn.Module, record: Record, factors: Mapping[str, float]) -> None:
     """Write the extra weights of the adapters that become active. No adapter may be active."""
     extra = record.extra
     values = {
@@ -578,7 +578,7 @@ def put_on_extra(model: nn.Module, record: Attachment, factors: Mapping[str, flo
         extra.trained = {}
 
 
-def check_can_put_on_extra(model: nn.Module, record: Attachment, factors: Mapping[str, float]) -> None:
+def check_can_put_on_extra(model: nn.Module, record: Record, factors: Mapping[str, float]) -> None:
     """Raise ValueError if an extra weight would be scaled, or two adapters have the same one."""
     names = {
         adapter: extra_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
@@ -607,7 +607,7 @@ def write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
 # ---- saving and loading --------------------------------------------------------------------------------
 
 
-def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def extra_values(model: nn.Module, record: Record, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return copies of the trainable adapter's extra weights, by name.
 
     Args:
@@ -634,7 +634,7 @@ def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tenso
 
 
 def set_trained(
-    model: nn.Module, record: Attachment, deltas: dict[str, Delta], extra_weights: Mapping[str, Tensor]
+    model: nn.Module, record: Record, deltas: dict[str, Delta], extra_weights: Mapping[str, Tensor]
 ) -> None:
     """Give the trainable adapter the values of a saved one of the same selection. Every rank must call this.
 
@@ -660,7 +660,7 @@ def set_trained(
     set_extra(model, record, extra_weights)
 
 
-def set_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
+def set_extra(model: nn.Module, record: Record, values: Mapping[str, Tensor]) -> None:
     """Give the trainable adapter these extra weights, after the values before training are recorded."""
     if not values:
         return

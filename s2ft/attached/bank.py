@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapters_in
-from s2ft.attached.record import Attachment, check_fits, find_attachment, new_attachment, unwrapped
+from s2ft.attached.record import Record, check_fits, find_record, new_record, unwrapped
 from s2ft.config import check_adapter_name, refuse
 from s2ft.files.plain_text import by_key
 from s2ft.files.reading import CONFIG, TENSORS, has_adapter, own_folder
@@ -102,7 +102,7 @@ class AdapterBank:
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the most recently used one is last
         self._lock = threading.Lock()  # guards the two fields above; never held while a file is read
         self._running = threading.Lock()  # held by a batch; guards the fields below
-        self._records: dict[Any, Attachment] = {}  # guarded by the lock below, since a batch may run during a check
+        self._records: dict[Any, Record] = {}  # guarded by the lock below, since a batch may run during a check
         self._making_record = threading.Lock()
         self._layers: dict[str, _BankLayer] = {}
         self._packed: dict[int, int] = {}  # slot in the layers' buffers, by serial number of a loaded adapter
@@ -356,13 +356,13 @@ class AdapterBank:
         }
         return changed, layers
 
-    def _record_for(self, adapter: Adapter) -> Attachment:
+    def _record_for(self, adapter: Adapter) -> Record:
         """The record of the model, by the couplings of its family or by those of the adapter."""
-        attached = find_attachment(self.model)
+        attached = find_record(self.model)
         key = None if adapter.couplings is None or attached else tuple(adapter.couplings)
         with self._making_record:
             if key not in self._records:
-                self._records.update({key: attached or new_attachment(self.model, adapter.couplings)})
+                self._records.update({key: attached or new_record(self.model, adapter.couplings)})
             return self._records[key]
 
     def _layer_at(self, path: str, dim: int, expert: int | None, who: str) -> "_BankLayer":
@@ -529,7 +529,7 @@ def _forwards_replaced(layers) -> Iterator[None]:
 
 def check_plain(model: nn.Module) -> None:
     """Raise ValueError if the model's weights are not those of the base in its own order."""
-    record = find_attachment(model)
+    record = find_record(model)
     if record is not None:
         refuse(
             (

@@ -64,15 +64,15 @@ from s2ft.attached.active import (
     write_changed_layers,
 )
 from s2ft.attached.record import (
-    Attachment,
     Mount,
     Part,
+    Record,
     applied,
-    attachment_of,
     check_extra_fits,
-    clear_attachment,
-    find_attachment,
-    set_attachment,
+    clear_record,
+    find_record,
+    record_of,
+    set_record,
 )
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.attached.saving import with_saved
@@ -111,7 +111,7 @@ def gated_forward(block: Any, x: Tensor, activation: str, act_class: type[Any]) 
     return block.down_proj(act_mul(block.gate_proj(x), block.up_proj(x), activation))
 
 
-def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -> None:
+def replace_forward(model: nn.Module, coupling: Coupling, record: Record) -> None:
     """Give the coupling's block the forward that its trainable layers need.
 
     A module of experts must have that of :func:`s2ft.layers.forward_of`. A gated FFN gets :func:`gated_forward`, unless
@@ -141,7 +141,7 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
             _put(block, coupling.block, forward, record)
 
 
-def _put(block: nn.Module, path: str, forward: partial, record: Attachment) -> None:
+def _put(block: nn.Module, path: str, forward: partial, record: Record) -> None:
     record.forwards[path] = forward
     setattr(block, _place_of_forward(block), forward)
 
@@ -161,7 +161,7 @@ def experts_modules(coupling: Coupling) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def restore_forwards(model: nn.Module, record: Attachment) -> None:
+def restore_forwards(model: nn.Module, record: Record) -> None:
     """Remove the recorded forwards, except where someone else has replaced them since."""
     for path, forward in record.forwards.items():
         block = model.get_submodule(path)
@@ -296,7 +296,7 @@ def _rebuild(kind: type) -> object:
 class _BaseOrder:
     """Makes copies of a model's weights in the base's order."""
 
-    def __init__(self, model: nn.Module, record: Attachment) -> None:
+    def __init__(self, model: nn.Module, record: Record) -> None:
         self.model, self.record = model, record
         self.moves = restoring_moves(model, record.moves)
         self.layers = {
@@ -347,7 +347,7 @@ UNITS = "s2ft_units"  # entry of a state's metadata: the digest of the selection
 
 def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Post-hook of state_dict: replace weights that differ from the base by copies in the base's order."""
-    record = attachment_of(model)
+    record = record_of(model)
     if record.selection is not None:
         metadata[UNITS] = record.selection.digest
     if record.awaits_weights or not (record.moves or record.mounts):
@@ -387,7 +387,7 @@ def _held(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, str]:
     return {id(parameter): name for name, parameter in found.items() if not is_spread(parameter)}
 
 
-def _in_place_of_parameters(record: Attachment, prefix: str) -> dict[str, S2Layer]:
+def _in_place_of_parameters(record: Record, prefix: str) -> dict[str, S2Layer]:
     """The trainable layers that have replaced a parameter, by the parameter's key in a state dict."""
     return {prefix + path: mounted.layer for path, mounted in record.mounts.items() if mounted.original is None}
 
@@ -400,7 +400,7 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, metadata
     Raises:
         ValueError: They are not. Nothing has changed.
     """
-    record = attachment_of(model)
+    record = record_of(model)
     keep_base_of_unfrozen(model, record)
     digest = getattr(record.selection, "digest", None)
     for path, mounted in record.mounts.items():
@@ -484,7 +484,7 @@ def save_pretrained(
         raise ValueError("push_to_hub must be False while an adapter is trained: use s2ft.push_to_hub(model, repo_id)")
     if not is_main_process:
         return
-    directory, record = Path(save_directory), attachment_of(self)
+    directory, record = Path(save_directory), record_of(self)
     if state_dict == {} and any(map(is_partitioned, record.slices.values())):  # the plain Trainer, which did not gather
         logger.warning(NOT_GATHERED, directory)
         return
@@ -523,7 +523,7 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
     Raises:
         ValueError: They are of another selection. Nothing has changed.
     """
-    record = attachment_of(model)
+    record = record_of(model)
     marked = prefix + native.EXTRA
     found = {
         key.removeprefix(prefix).rpartition(".")[0]
@@ -551,7 +551,7 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
 
 def _ignore_base_weights(model: Any, extra_names: Iterable[str]) -> None:
     """List the base's weights as not saved, so that Trainer does not warn that a checkpoint lacks them."""
-    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_names}
+    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*record_of(model).slices, *extra_names}
 
 
 def _delta(mount: Mount, part: Part, name: str, state: dict[str, Tensor], key: str) -> Delta:
@@ -566,7 +566,7 @@ def _delta(mount: Mount, part: Part, name: str, state: dict[str, Tensor], key: s
     return Delta(mount.layer.dim, part.elements, values)
 
 
-def add_save_functions(model: Any, record: Attachment) -> None:
+def add_save_functions(model: Any, record: Record) -> None:
     """Give a model of transformers the functions that save and load its trainable adapter."""
     remove_save_functions(model, record)
     if not hasattr(type(model), "save_pretrained"):
@@ -579,7 +579,7 @@ def add_save_functions(model: Any, record: Attachment) -> None:
     model.register_load_state_dict_pre_hook(_load_deltas)
 
 
-def remove_save_functions(model: nn.Module, record: Attachment) -> None:
+def remove_save_functions(model: nn.Module, record: Record) -> None:
     """Undo :func:`add_save_functions`, whether all, some or none of it was done."""
     remove_hooks(model._load_state_dict_pre_hooks, _load_deltas)
     for name in ATTRIBUTES if record.replaced_attributes is not None else ():
@@ -590,14 +590,14 @@ def remove_save_functions(model: nn.Module, record: Attachment) -> None:
 # ---- weights that arrive after an adapter was attached, on ranks that started without them --------------------------
 
 
-def expect_no_weights(record: Attachment) -> None:
+def expect_no_weights(record: Record) -> None:
     """Make the model run as it is: it is a copy without numbers, for which no weights will arrive."""
     record.awaits_weights, record.none_awaited = False, True
     for mount in record.mounts.values():
         mount.layer.awaits_order = False
 
 
-def mark_layers(record: Attachment) -> None:
+def mark_layers(record: Record) -> None:
     """Tell each trainable layer whether its units have yet to move, and what its states contain until then."""
     waiting = {projection.path for move in record.moves if move.is_pending for projection in move.coupling.projections}
     for path, mount in record.mounts.items():
@@ -606,7 +606,7 @@ def mark_layers(record: Attachment) -> None:
             mount.layer.leave_units_out_of_states()
 
 
-def _change_moves(record: Attachment, change: Callable[[Move], None]) -> None:
+def _change_moves(record: Record, change: Callable[[Move], None]) -> None:
     """Change all moves, and tell the layers."""
     for move in record.moves:
         change(move)
@@ -614,7 +614,7 @@ def _change_moves(record: Attachment, change: Callable[[Move], None]) -> None:
 
 
 @contextmanager
-def not_awaiting(model: nn.Module, record: Attachment) -> Iterator[None]:
+def not_awaiting(model: nn.Module, record: Record) -> Iterator[None]:
     """Inside, a model whose weights are here, and will be loaded again, runs with its units in the new order."""
     if not record.awaits_weights:
         yield
@@ -640,7 +640,7 @@ def _reorder_if_base_was_loaded(model: nn.Module) -> None:
     The state of a sharded model has the model's own order, and a checkpoint of the base has the base's. Nothing but the
     fingerprint tells one from the other. Every rank loads a state of a sharded model, so every rank calls this.
     """
-    record = attachment_of(model)
+    record = record_of(model)
     was_reordered = any(move.is_done for move in record.moves)
     if record.awaits_weights or record.written or not was_reordered or not fsdp_modules(model):
         return
@@ -660,7 +660,7 @@ def accept_arrived_weights(model: nn.Module) -> bool:
     Raises:
         RuntimeError: They are not those of the base. The units have not moved.
     """
-    record = attachment_of(model)
+    record = record_of(model)
     if not record.mounts or not _has_to_accept(model, record):
         return False
     reshard_all(model)
@@ -682,7 +682,7 @@ def accept_arrived_weights(model: nn.Module) -> bool:
     return True
 
 
-def _has_to_accept(model: nn.Module, record: Attachment) -> bool:
+def _has_to_accept(model: nn.Module, record: Record) -> bool:
     """Whether this rank, or another rank with a shard of the same weights, waits for them."""
     if record.awaits_weights:
         return True
@@ -694,7 +694,7 @@ def _has_to_accept(model: nn.Module, record: Attachment) -> bool:
     return not record.none_awaited
 
 
-def _check_arrived(model: nn.Module, record: Attachment) -> None:
+def _check_arrived(model: nn.Module, record: Record) -> None:
     found = fingerprint(model, record.couplings)
     record.fingerprint = record.fingerprint or found
     differing = difference(found, record.fingerprint)
@@ -710,7 +710,7 @@ def _check_arrived(model: nn.Module, record: Attachment) -> None:
         )
 
 
-def _keep_extra_base(model: nn.Module, record: Attachment) -> None:
+def _keep_extra_base(model: nn.Module, record: Record) -> None:
     """Keep the base of the extra weights, which this rank may not have had."""
     parameters = {name: model.get_parameter(name) for name in record.extra.base}
     source = _rank_that_has(record, ranks_sharing(parameters.values()))
@@ -720,7 +720,7 @@ def _keep_extra_base(model: nn.Module, record: Attachment) -> None:
         record.extra.base = {name: _sent(record, name, one, source) for name, one in parameters.items()}
 
 
-def _rank_that_has(record: Attachment, ranks: list[int] | None) -> int | None:
+def _rank_that_has(record: Record, ranks: list[int] | None) -> int | None:
     """The first rank that has the base of the extra weights; None if none has, or if the weights are whole here."""
     if ranks is None:
         return None
@@ -730,7 +730,7 @@ def _rank_that_has(record: Attachment, ranks: list[int] | None) -> int | None:
     return next((rank for rank in ranks if store.get(f"{key}/{rank}") == b"1"), None)
 
 
-def _sent(record: Attachment, name: str, parameter: Any, source: int) -> Tensor:
+def _sent(record: Record, name: str, parameter: Any, source: int) -> Tensor:
     """Send the base of an extra weight from one rank to all."""
     value = record.extra.base[name].detach()
     device = parameter.device_mesh.device_type
@@ -754,7 +754,7 @@ def before_forward(model: Any, *_: Any) -> None:
     """
     if torch.compiler.is_compiling() or transforms_active():
         return  # in another function's graph each layer checks what its weight holds; torch.func runs them on copies
-    record, hooks = attachment_of(model), model._forward_pre_hooks
+    record, hooks = record_of(model), model._forward_pre_hooks
     is_first = next(iter(hooks.values())) is before_forward
     if not is_first:  # FSDP2 was applied since
         hooks.move_to_end(next(key for key, hook in hooks.items() if hook is before_forward), last=False)
@@ -785,7 +785,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Keep the base of weights that were unfrozen by hand where only a module inside the model has run."""
     stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
     for model in list(_attached_models):
-        record = find_attachment(model)
+        record = find_record(model)
         if record is not None and record.trains and any(id(one) in stepped for one in model.parameters()):
             keep_base_before_forward(model, record)
 
@@ -796,9 +796,9 @@ skip_code(before_forward.__code__)  # a compiled model runs its hooks outside of
 # ---- the record and the hooks of a model ----------------------------------------------------------------------------
 
 
-def add_record_and_hooks(model: nn.Module, record: Attachment) -> None:
+def add_record_and_hooks(model: nn.Module, record: Record) -> None:
     """Give the model its record and s2ft's hooks. This comes before anything changes."""
-    set_attachment(model, record)
+    set_record(model, record)
     model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
     _remove_hooks(model)
     _attached_models.add(model)
@@ -813,7 +813,7 @@ def remove_record_and_hooks(model: nn.Module) -> None:
     """Undo :func:`add_record_and_hooks`, whether all, some or none of it was done."""
     _remove_hooks(model)
     model.__dict__.pop("_apply", None)
-    clear_attachment(model)
+    clear_record(model)
 
 
 def _remove_hooks(model: nn.Module) -> None:
@@ -826,7 +826,7 @@ def _remove_hooks(model: nn.Module) -> None:
 def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
     """The model's _apply: casts and moves (to, half, cuda) also reach the recorded base, which is in no module."""
     type(model)._apply(model, function, *args, **options)
-    record = attachment_of(model)
+    record = record_of(model)
     for entry in record.written:
         entry.base = applied(function, entry.base)
     record.extra.apply(function)

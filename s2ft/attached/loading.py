@@ -29,16 +29,16 @@ from s2ft.attached.hooks import add_record_and_hooks
 from s2ft.attached.mounting import end_training, make_plain, remove_all, starting_from_base
 from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
-    Attachment,
-    attachment_of,
+    Record,
     check_fits,
     check_known,
     check_new_name,
     check_plain_and_untied,
     check_sentence_model,
-    find_attachment,
-    new_attachment,
+    find_record,
+    new_record,
     on_unwrapped,
+    record_of,
     unwrapped,
 )
 from s2ft.attached.report import status
@@ -129,7 +129,7 @@ def load_adapter(
     model = unwrapped(model)
     adapter = replace(adapter) if isinstance(adapter, Adapter) else read_adapter(adapter)  # a copy: it is changed below
     adapter.name = adapter.name if name is None else name
-    record = find_attachment(model)
+    record = find_record(model)
     check_new_name(record, adapter.name)
     trained = None if record is None else record.name
     refuse(
@@ -143,7 +143,7 @@ def load_adapter(
         ),
     )
     if record is None:
-        record = new_attachment(model, adapter.couplings)
+        record = new_record(model, adapter.couplings)
     check_fits(adapter, model, record)
     if not trainable:
         check_plain_and_untied(model, record, adapter.deltas)
@@ -166,9 +166,9 @@ def load_adapter(
         record.add_info({key: value for key, value in adapter.info.items() if of_the_base.get(key) is None})
 
 
-def _load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -> None:
+def _load(model: nn.Module, record: Record, adapter: Adapter, active: bool) -> None:
     """Add a loaded adapter, and make it the active one if `active`. After a failure everything is as before."""
-    is_new, before = find_attachment(model) is None, dict(record.active)
+    is_new, before = find_record(model) is None, dict(record.active)
 
     def change() -> None:
         if is_new:
@@ -208,7 +208,7 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         >>> s2ft.save_adapter(model, "checkpoint")
         >>> restore_adapter(model, "checkpoint")
     """
-    record = attachment_of(model)
+    record = record_of(model)
     adapter = read_adapter(directory)
     check_fits(adapter, model, record)
     if record.selection is None or adapter.selection != record.selection:
@@ -244,11 +244,11 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
         >>> s2ft.status(model).active
         {'math': 0.5}
     """
-    record = attachment_of(model)
+    record = record_of(model)
     switch(model, record, _weights(record, adapters))
 
 
-def _weights(record: Attachment, adapters: Weights) -> dict[str, float]:
+def _weights(record: Record, adapters: Weights) -> dict[str, float]:
     """Check names and weights, and return them as a dict."""
     if adapters is None:
         return {}
@@ -283,14 +283,14 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         >>> with s2ft.disable_adapters(model):
         ...     base_logits = model(input_ids).logits
     """
-    record = attachment_of(model)
+    record = record_of(model)
     active = dict(record.active)
     check_can_put_on_extra(model, record, active)  # else the end of the context could not make them active again
     set_adapter(model, None)
     try:
         yield
     finally:
-        if find_attachment(model) is record:  # what was deleted or renamed meanwhile stays off
+        if find_record(model) is record:  # what was deleted or renamed meanwhile stays off
             set_adapter(model, {name: weight for name, weight in active.items() if name in record.names})
 
 
@@ -318,7 +318,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
         >>> s2ft.list_adapters(model)
         ['math', 'copy', 'both']
     """
-    record = attachment_of(model)
+    record = record_of(model)
     if not isinstance(weights, Mapping) or not weights:
         raise TypeError(f"weights must be numbers by adapter, at least one, got {weights!r}")
     weights = _weights(record, weights)
@@ -370,7 +370,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         >>> s2ft.list_adapters(model)
         ['math']
     """
-    record = attachment_of(model)
+    record = record_of(model)
     check_known(record, name)
     if name == record.name or len(record.names) == 1:
         check_not_in_engine(model, "deleting the trainable or the last adapter", removes=True)
@@ -405,7 +405,7 @@ def freeze_adapter(model: nn.Module) -> None:
         >>> s2ft.status(model).trainable, s2ft.status(model).active
         (None, {'math': 1.0})
     """
-    record = attachment_of(model)
+    record = record_of(model)
     if record.name is None:
         raise ValueError(f"the model trains no adapter; it has {', '.join(record.names)}: there is nothing to freeze")
     check_not_in_engine(model, "freezing the trainable adapter", removes=True)
@@ -433,7 +433,7 @@ def rename_adapter(model: nn.Module, name: str, new: str) -> None:
         >>> s2ft.list_adapters(model)
         ['algebra']
     """
-    record = attachment_of(model)
+    record = record_of(model)
     check_known(record, name)
     check_new_name(record, new)
     record.rename(name, new)

@@ -2,7 +2,7 @@
 
 An interrupt, an exception or an out-of-memory error can come at any moment. So the record of a change is on the model
 before anything changes, and each step that takes a change back works whether the change was made, half made, or taken
-back already. :func:`unmount` and :func:`make_plain` can be called at any time.
+back already. :func:`unmount_layers` and :func:`make_plain` can be called at any time.
 """
 
 import inspect
@@ -40,14 +40,14 @@ from s2ft.attached.hooks import (
 )
 from s2ft.attached.record import (
     WITHOUT,
-    Attachment,
     Mount,
     Part,
-    attachment_of,
+    Record,
     check_plain_and_untied,
     check_slices_are_here,
-    find_attachment,
+    find_record,
     on_unwrapped,
+    record_of,
 )
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder, has_codecs
@@ -96,7 +96,7 @@ logger = logging.getLogger(__name__)
 # ---- training through the codec of a packed base --------------------------------------------------------------------
 
 
-def set_codecs(model: nn.Module, record: Attachment, config: S2FTConfig) -> None:
+def set_codecs(model: nn.Module, record: Record, config: S2FTConfig) -> None:
     """Let each mounted layer compute with what the base's files can hold, if the config says so and they are packed.
 
     This comes after the proof, whose deltas no file could hold.
@@ -145,7 +145,7 @@ def set_rounding(model: nn.Module, share: float) -> None:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share!r}")
-    for mounted in attachment_of(model).mounts.values():
+    for mounted in record_of(model).mounts.values():
         if mounted.layer.rounding is not None and mounted.layer.rounding.share != share:
             mounted.layer.rounding.share = share
             mounted.layer.write_before_next_forward()
@@ -172,7 +172,7 @@ def _rounding_of(base: GgufFile | PackedFolder, path: str, mounted: Mount) -> Fi
 # ---- mounting ------------------------------------------------------------------------------------------
 
 
-def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
+def mount(model: nn.Module, record: Record, config: S2FTConfig, selection: Selection, name: str) -> None:
     """Freeze the model, reorder units (layout `permuted`) and mount trainable layers, in :func:`starting_from_base`.
 
     Args:
@@ -205,7 +205,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     record.structure = structure_of(model, record.couplings, selection.units)
     record.selection, record.config, record.name = selection, config, name  # an interrupt finds the name with the rest
     _make_layers(model, record, trained, moves, config, selection)
-    install(model, record, extra_names)
+    mount_layers(model, record, extra_names)
     record.active = {name: 1.0}
 
 
@@ -216,7 +216,7 @@ def trained_couplings(couplings: list[Coupling], selection: Selection) -> list[C
 
 def _make_layers(
     model: nn.Module,
-    record: Attachment,
+    record: Record,
     trained: list[Coupling],
     moves: list[Move],
     config: S2FTConfig,
@@ -237,7 +237,7 @@ def _make_layers(
         for projection in coupling.projections:
             if projection.name in selection:
                 units = selection[projection.name]
-                # First the positions in the whole weight, if its units have `order`. The layer makes them those in s2.
+                # First the positions in the whole weight, if its units have `order`. `_layer` makes them those in s2.
                 positions = projection.elements(units if order is None else inverse(order)[units])
                 parts.setdefault(projection.path, []).append(Part(projection, positions, projection.elements(units)))
     for path, parts_here in parts.items():
@@ -249,8 +249,8 @@ def _make_layers(
             record.mounts[path] = Mount(found, _layer(found, parts_here, record, config), parts_here)
 
 
-def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) -> None:
-    """Mount the layers of a record. It can be called again if it, or :func:`unmount`, was interrupted.
+def mount_layers(model: nn.Module, record: Record, extra_names: Iterable[str]) -> None:
+    """Mount the layers of a record. It can be called again if it, or :func:`unmount_layers`, was interrupted.
 
     Args:
         model: Model of the record.
@@ -289,7 +289,7 @@ def run_by_module(*_: Any) -> None:
     """
 
 
-def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
+def _places(model: nn.Module, record: Record) -> list[tuple[Place, Place]]:
     """Where FSDP2 finds each parameter without the trainable layers, and with them."""
     found: list[tuple[Place, Place]] = []
     for path, mounted in record.mounts.items():
@@ -301,7 +301,7 @@ def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
     return found
 
 
-def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTConfig) -> S2Layer:
+def _layer(original: Any, parts: list[Part], record: Record, config: S2FTConfig) -> S2Layer:
     """Make a module's layer: on a slice if the parts fill one, else on an index. Their positions become those in s2."""
     dim = parts[0].projection.dim
     found = contiguous_range(torch.cat([part.positions for part in parts]))
@@ -321,7 +321,7 @@ def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTCon
     return layer
 
 
-def _current_index(parts: list[Part], record: Attachment) -> Tensor:
+def _current_index(parts: list[Part], record: Record) -> Tensor:
     """Where the elements of s2 are in the weight once the moves are done, in the order of s2, shape [n], int64."""
     index = torch.empty(sum(part.elements.numel() for part in parts), dtype=torch.int64, device="cpu")
     for part in parts:
@@ -498,11 +498,12 @@ def style_of(module: nn.Module) -> Any:
 # ---- unmounting ----------------------------------------------------------------------------------------
 
 
-def unmount(model: nn.Module, record: Attachment) -> None:
-    """Undo :func:`install`: plain modules, with the weights as they are and the units in original order.
+def unmount_layers(model: nn.Module, record: Record) -> None:
+    """Undo :func:`mount_layers`: plain modules, with the weights as they are and the units in original order.
 
-    It can be called again if it was interrupted, and does nothing if nothing is mounted. The record still contains
-    what was mounted; call :meth:`Attachment.forget_trainable` afterwards if the model keeps the record.
+    A merge calls it alone; all else calls `deactivate` before, which puts the base back into the weights. It can be
+    called again if it was interrupted, and does nothing if nothing is mounted. The record still contains what was
+    mounted; call :meth:`Record.forget_trainable` afterwards if the model keeps the record.
     """
     if record.snapshot is not None:  # a proof was interrupted
         record.snapshot.restore()
@@ -527,9 +528,9 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     restore_quantizer(model)
 
 
-def make_plain(model: nn.Module, record: Attachment) -> nn.Module:
+def make_plain(model: nn.Module, record: Record) -> nn.Module:
     """Return the plain model, without a record, with the weights as they are and the units in original order."""
-    unmount(model, record)
+    unmount_layers(model, record)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
     remove_record_and_hooks(model)
@@ -577,7 +578,7 @@ def _owners(model: nn.Module, coupling: Coupling) -> Iterator[Tensor]:
 
 
 @contextmanager
-def starting_from_base(model: nn.Module, record: Attachment) -> Iterator[None]:
+def starting_from_base(model: nn.Module, record: Record) -> Iterator[None]:
     """Switch all adapters off and give the model its record, so that the body can mount; undone if it fails.
 
     If the body fails, everything is as before: the active adapters are active again, and a model that had no adapters
@@ -599,26 +600,26 @@ def starting_from_base(model: nn.Module, record: Attachment) -> Iterator[None]:
         raise
 
 
-def _drop_trainable(model: nn.Module, record: Attachment) -> None:
+def _drop_trainable(model: nn.Module, record: Record) -> None:
     """Remove the trainable layers. No adapter is active then, and nothing is trained."""
     deactivate(model, record)
-    unmount(model, record)
+    unmount_layers(model, record)
     record.forget_trainable()
     model.requires_grad_(False)
 
 
-def remove_all(model: nn.Module, record: Attachment) -> None:
+def remove_all(model: nn.Module, record: Record) -> None:
     """Remove all adapters and the record: the model is the plain base, bit for bit."""
 
     def change() -> None:
-        if find_attachment(model) is not None:
+        if find_record(model) is not None:
             deactivate(model, record)
             make_plain(model, record)
 
     all_or_nothing(change)
 
 
-def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None = None) -> None:
+def end_training(model: nn.Module, record: Record, adapter: Adapter | None = None) -> None:
     """Remove the trainable layers. What was active is active again, with the same bits in the weights.
 
     Args:
@@ -661,7 +662,7 @@ def detach(model: nn.Module) -> nn.Module:
         >>> s2ft.detach(model) is model
         True
     """
-    record = attachment_of(model)
+    record = record_of(model)
     check_not_in_engine(model, "detach", removes=True)
     remove_all(model, record)
     return model
@@ -689,7 +690,7 @@ def merge(model: nn.Module) -> nn.Module:
         >>> s2ft.list_adapters(model)
         []
     """
-    record = attachment_of(model)
+    record = record_of(model)
     check_not_in_engine(model, "merge", removes=True)
     if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
@@ -703,14 +704,14 @@ def merge(model: nn.Module) -> nn.Module:
         return make_plain(model, record)  # the weights hold base + s2, and merging is leaving it there
 
     def recover() -> None:
-        if find_attachment(model) is not None:  # else all was done: the record goes last
+        if find_record(model) is not None:  # else all was done: the record goes last
             add_record_and_hooks(model, record)
             for move in record.moves:
                 move.recover(model)
             if record.name is None:
                 model.requires_grad_(False)
             else:  # the layers restore the base in their own order of units
-                install(model, record, record.extra.base)
+                mount_layers(model, record, record.extra.base)
             deactivate(model, record)
 
     return all_or_nothing(change, recover)

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from s2ft.attached.active import add_deltas, deactivate, set_mounted_deltas
 from s2ft.attached.hooks import not_awaiting
 from s2ft.attached.mounting import mount, set_codecs, trained_couplings
-from s2ft.attached.record import Attachment
+from s2ft.attached.record import Record
 from s2ft.config import S2FTConfig
 from s2ft.distributed import Decision, decide, is_spread, reshard_after_run
 from s2ft.model.coupling import Coupling, projections_of
@@ -64,7 +64,7 @@ Outputs = dict[str, list[Tensor]]
 
 def mount_proved(
     model: nn.Module,
-    record: Attachment,
+    record: Record,
     config: S2FTConfig,
     selection: Selection,
     name: str,
@@ -120,7 +120,7 @@ def mount_proved(
 class Proof:
     """What a plain model computes on a tiny example, to compare it with the attached model."""
 
-    def __init__(self, model: nn.Module, record: Attachment, couplings: list[Coupling], demanded: bool) -> None:
+    def __init__(self, model: nn.Module, record: Record, couplings: list[Coupling], demanded: bool) -> None:
         self.model, self.record, self.couplings, self.demanded = model, record, couplings, demanded
         self.is_spread = any(map(is_spread, model.parameters()))
         blocks = {one.block: one for one in couplings if one.activation and one.block}

@@ -113,7 +113,7 @@ def check_sentence_model(model: nn.Module) -> None:
 
 # ---- what is recorded -----------------------------------------------------------------------------------------------
 
-_ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
+_ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Record; no other file knows it
 
 
 @dataclass
@@ -196,7 +196,7 @@ def applied(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
 
 
 @dataclass
-class Attachment:
+class Record:
     """Everything s2ft knows about a model it has changed.
 
     Attributes:
@@ -345,7 +345,7 @@ class Attachment:
         self.__dict__.update(name=new if name == self.name else self.name, loaded=loaded, active=active)
 
     def forget_trainable(self) -> None:
-        """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
+        """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount_layers`."""
         self.name = self.config = self.selection = self.structure = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
         self.snapshot, self.unproved = None, ""
@@ -356,20 +356,20 @@ class Attachment:
 # ---- the record of a model -----------------------------------------------------------------------------
 
 
-def find_attachment(model: nn.Module) -> Attachment | None:
+def find_record(model: nn.Module) -> Record | None:
     """Return the model's record, or None for a model that s2ft has not changed."""
     return model.__dict__.get(_ATTRIBUTE)
 
 
-def attachment_of(model: nn.Module) -> Attachment:
+def record_of(model: nn.Module) -> Record:
     """Return the model's record.
 
     Raises:
         ValueError: The model has no adapter. The message names the module inside that has one.
     """
-    record = find_attachment(model)
+    record = find_record(model)
     if record is None:
-        inside = next((path for path, module in model.named_modules() if find_attachment(module) is not None), None)
+        inside = next((path for path, module in model.named_modules() if find_record(module) is not None), None)
         raise ValueError(
             f"{type(model).__name__} has no S²FT adapter: "
             + (
@@ -381,19 +381,19 @@ def attachment_of(model: nn.Module) -> Attachment:
     return record
 
 
-def set_attachment(model: nn.Module, record: Attachment) -> None:
+def set_record(model: nn.Module, record: Record) -> None:
     """Give the model its record."""
     setattr(model, _ATTRIBUTE, record)
 
 
-def clear_attachment(model: nn.Module) -> None:
+def clear_record(model: nn.Module) -> None:
     """Remove the model's record, if it has one."""
     model.__dict__.pop(_ATTRIBUTE, None)
 
 
 def check_unattached(model: nn.Module) -> None:
     """Raises: ValueError: The model has an adapter already."""
-    record = find_attachment(model)
+    record = find_record(model)
     if record is not None:
         raise ValueError(
             f"{type(model).__name__} has an S²FT adapter already ({', '.join(record.names)}): detach or merge it first"
@@ -413,9 +413,9 @@ def check_not_offloaded(model: nn.Module) -> None:
             )
 
 
-def new_attachment(
+def new_record(
     model: nn.Module, couplings: Sequence[Coupling] | None = None, example: Any = None, config: S2FTConfig | None = None
-) -> Attachment:
+) -> Record:
     """Make a record of a model without adapters; the model does not get it yet.
 
     Args:
@@ -448,7 +448,7 @@ def new_attachment(
     found = find_couplings(model, couplings, example, config)
     reshard_all(model)
     decision = decide("the base", have_values(model, found.couplings), lambda: fingerprint(model, found.couplings))
-    return Attachment(
+    return Record(
         found.couplings,
         decision.value,
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
@@ -485,7 +485,7 @@ def check_parallelism(model: nn.Module) -> None:
 # ---- an adapter and a model ----------------------------------------------------------------------------------------
 
 
-def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
+def check_fits(adapter: Adapter, model: nn.Module, record: Record) -> None:
     """Raise ValueError, naming what does not fit, if `adapter` was not trained on this model."""
     known = record.projections
     for path, delta in adapter.deltas.items():
@@ -520,7 +520,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
         )
 
 
-def check_extra_fits(model: nn.Module, record: Attachment, adapter: str, values: Mapping[str, Tensor]) -> None:
+def check_extra_fits(model: nn.Module, record: Record, adapter: str, values: Mapping[str, Tensor]) -> None:
     """Raise ValueError for a weight that the model doesn't have, that has another shape, or that is of a coupling."""
     if not values:
         return
@@ -546,7 +546,7 @@ def coupled_names(couplings: list[Coupling]) -> set[str]:
     }
 
 
-def check_plain_and_untied(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+def check_plain_and_untied(model: nn.Module, record: Record, names: Iterable[str]) -> None:
     """Raise ValueError if a weight of these projections is quantized, or tied to another one of theirs."""
     paths: dict[int, str] = {}
     for name in names:
@@ -562,7 +562,7 @@ def check_plain_and_untied(model: nn.Module, record: Attachment, names: Iterable
         )
 
 
-def check_weights_are_here(model: nn.Module, record: Attachment) -> None:
+def check_weights_are_here(model: nn.Module, record: Record) -> None:
     """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
     weights = [weight_at(model, projection).tensor for projection in record.projections.values()]
     if any(weight.is_meta for weight in weights) or (
@@ -577,7 +577,7 @@ def check_weights_are_here(model: nn.Module, record: Attachment) -> None:
 # ---- names ---------------------------------------------------------------------------------------------
 
 
-def check_new_name(record: Attachment | None, name: str) -> None:
+def check_new_name(record: Record | None, name: str) -> None:
     """Check the name of an adapter that is made, loaded or renamed.
 
     Args:
@@ -592,13 +592,13 @@ def check_new_name(record: Attachment | None, name: str) -> None:
         raise ValueError(f"there is an adapter called {name!r} already: choose another name")
 
 
-def check_known(record: Attachment, name: str) -> None:
+def check_known(record: Record, name: str) -> None:
     """Raise ValueError if the model has no adapter of this name."""
     if name not in record.names:
         raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
 
 
-def check_slices_are_here(record: Attachment, *, in_weights: bool = False) -> None:
+def check_slices_are_here(record: Record, *, in_weights: bool = False) -> None:
     """Raise ValueError if the slices can't be read yet, or with `in_weights` if they can't be written into weights."""
     missing = record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values())
     if missing or in_weights and record.awaits_weights:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from s2ft.attached.active import extra_parameters, parameters_to_save
-from s2ft.attached.record import Attachment, attachment_of, coupled_names, find_attachment, on_unwrapped
+from s2ft.attached.record import Record, coupled_names, find_record, on_unwrapped, record_of
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
@@ -77,7 +77,7 @@ class Report:
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
         """Make the report of a model with a trainable adapter, from its layers."""
-        record = attachment_of(model)
+        record = record_of(model)
         if record.name is None:
             raise ValueError(f"no adapter of {', '.join(record.names)} is trainable: load one with trainable=True")
         dtypes = {part.projection: mount.layer.s2.dtype for mount, part in record.parts.values()}
@@ -241,7 +241,7 @@ def _name_in_layer(projection: Projection) -> str:
 LOADED = "_is_hf_initialized"  # transformers sets it on every parameter that it has loaded from a checkpoint
 
 
-def fresh_heads(model: nn.Module, record: Attachment) -> list[str]:
+def fresh_heads(model: nn.Module, record: Record) -> list[str]:
     """Return the paths of frozen modules that are not in the checkpoint which from_pretrained has loaded.
 
     A language model's head does not count: most of its rows are old if the vocabulary was resized.
@@ -366,7 +366,7 @@ def status(model: nn.Module) -> Status:
         adapter  projections  units                   parameters
         math               2  2 × 13 of 128 channels       1,664
     """
-    record = find_attachment(model)
+    record = find_record(model)
     if record is None:
         return Status([], {}, None, [], {})
     has_gradients = any(mounted.layer.s2.requires_grad for mounted in record.mounts.values())

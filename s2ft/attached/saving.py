@@ -15,7 +15,7 @@ from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import CARD, adapter_folder, card_of
 from s2ft.attached.active import extra_parameters, extra_values, mounted_deltas
-from s2ft.attached.record import Attachment, attachment_of, check_known, on_unwrapped, unwrapped
+from s2ft.attached.record import Record, check_known, on_unwrapped, record_of, unwrapped
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
 from s2ft.files.plain_text import sha256_of
@@ -47,7 +47,7 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
         >>> half = 0.5 * s2ft.get_adapter(model, "math")
         >>> s2ft.load_adapter(model, half, "half", active=False)
     """
-    record = attachment_of(model)
+    record = record_of(model)
     check_known(record, name)
     if name != record.name:
         return record.loaded[name]
@@ -146,7 +146,7 @@ def with_saved(
         RuntimeError: As :func:`save_adapter`.
     """
     model = unwrapped(model)
-    record = attachment_of(model)
+    record = record_of(model)
     name = record.default_name if name is None else name
     adapter = get_adapter(model, name, state)
     adapter = replace(adapter, info={**model_info(model), **adapter.info, **(info or {})})  # the loaded one stays
@@ -173,7 +173,7 @@ def add_info(model: nn.Module, info: dict[str, Any]) -> None:
         >>> s2ft.read_adapter("math").info["data"]
         'gsm8k'
     """
-    record = attachment_of(model)
+    record = record_of(model)
     if record.name is None:
         raise ValueError(f"the model trains no adapter; it has {', '.join(record.names)}: call s2ft.attach first")
     try:
@@ -192,10 +192,10 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
         RuntimeError: A rank did not take part within the timeout of the process group.
     """
     reshard_all(model)
-    return full_tensors(trained_tensors(model, attachment_of(model)))
+    return full_tensors(trained_tensors(model, record_of(model)))
 
 
-def _ranks_to_wait_for(model: nn.Module, record: Attachment) -> list[int] | None:
+def _ranks_to_wait_for(model: nn.Module, record: Record) -> list[int] | None:
     """The ranks that must save together, so that one of them writes; None if this one can save by itself."""
     ranks = ranks_sharing(trained_tensors(model, record).values())
     if ranks is None:
@@ -204,7 +204,7 @@ def _ranks_to_wait_for(model: nn.Module, record: Attachment) -> list[int] | None
     return sorted({*ranks, *(ranks_sharing(mount.layer.weight for mount in record.mounts.values()) or ())})
 
 
-def trained_tensors(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module, record: Record) -> dict[str, Tensor]:
     return {**record.slices, **extra_parameters(model, record)}
 
 

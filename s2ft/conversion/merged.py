@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import s2ft
-from s2ft.attached.record import check_fits, check_plain_and_untied, new_attachment
+from s2ft.attached.record import check_fits, check_plain_and_untied, new_record
 from s2ft.export.streamed import (
     Changes,
     DiskSource,
@@ -109,7 +109,7 @@ def write_merged(
 ) -> Callable[[], None]:
     """Write the merged weights one at a time, see :func:`s2ft.export.streamed.write_weights`."""
     with read_from(model, weights):
-        record = new_attachment(model, adapter.couplings)
+        record = new_record(model, adapter.couplings)
         check_fits(adapter, model, record)
     check_plain_and_untied(model, record, adapter.deltas)
     passes = {name: [[(delta, 1.0)]] for name, delta in adapter.deltas.items()}

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import s2ft
 from s2ft.adapter.folders import resolve
-from s2ft.attached.record import Attachment, check_fits, new_attachment
+from s2ft.attached.record import Record, check_fits, new_record
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.conversion import ollama
@@ -94,7 +94,7 @@ def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[s
         ValueError: The adapter can't be merged into the base.
     """
     model = hollow_model(str(base.path))
-    record = new_attachment(model, adapter.couplings)
+    record = new_record(model, adapter.couplings)
     check_fits(adapter, model, record)  # the model has no values: the next line compares the base
     _check_base(base, adapter, model, record)
     if adapter.extra_weights:
@@ -111,9 +111,7 @@ def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[s
     return {name: record.projections[name].path for name in adapter.deltas}
 
 
-def _check_base(
-    base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: torch.nn.Module, record: Attachment
-) -> None:
+def _check_base(base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: torch.nn.Module, record: Record) -> None:
     """Compare values of every weight with those in the adapter's fingerprint, and the hash of a file."""
     samples = by_key(  # by layer: names of weights, each with a value
         (layer, (f"{projection.path}.{part}", value))

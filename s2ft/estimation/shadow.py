@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from s2ft.attached.hooks import add_record_and_hooks, expect_no_weights
 from s2ft.attached.mounting import mount
-from s2ft.attached.record import Attachment, check_unattached
+from s2ft.attached.record import Record, check_unattached
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import is_spread
 from s2ft.layers import S2Layer, kind_of
@@ -31,7 +31,7 @@ def make_shadow(
     dtype: torch.dtype | None,
     couplings: Sequence[Coupling] | None,
     example: Any = None,
-) -> tuple[nn.Module, Attachment]:
+) -> tuple[nn.Module, Record]:
     """Copy a model to the meta device, with trainable layers in it, and return the copy and its record.
 
     The slices and the numbers of the units have data until :func:`forget_data`. Quantized weights are shared with the
@@ -59,7 +59,7 @@ def make_shadow(
                 memo[id(tensor)] = _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
     shadow = copy.deepcopy(model, memo)
     # with the fingerprint of no base, so that nothing is compared
-    record = Attachment(found.couplings, {"layers": {}}, {}, is_custom=found.is_custom)
+    record = Record(found.couplings, {"layers": {}}, {}, is_custom=found.is_custom)
     selection = select(couplings_in_towers(shadow, found.couplings, config), as_random(config), shadow)
     add_record_and_hooks(shadow, record)
     mount(shadow, record, config, selection, "estimate")
@@ -101,7 +101,7 @@ def _wanted_dtypes(model: Any, dtype: torch.dtype | None) -> dict[int, torch.dty
     return wanted
 
 
-def forget_data(shadow: nn.Module, record: Attachment, device: torch.device, checkpointing: bool | str) -> None:
+def forget_data(shadow: nn.Module, record: Record, device: torch.device, checkpointing: bool | str) -> None:
     """Replace all tensors by fake tensors on `device`, and switch gradient checkpointing on if it is wanted."""
     if checkpointing:
         _checkpoint(shadow, checkpointing)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from s2ft.attached.record import Attachment
+from s2ft.attached.record import Record
 from s2ft.estimation.devices import MemoryPart, with_parts
 from s2ft.layers import kind_of
 from s2ft.model.running import call_model
@@ -211,7 +211,7 @@ class ShadowStep:
 
     Args:
         shadow: Shadow model on fake tensors of `device`, in training mode.
-        record: Its attachment.
+        record: Its record.
         inputs: Arguments of its forward.
         loss: Function of (shadow, inputs). Default: the model's own loss, or all its outputs.
         device: Device whose kernels are counted.
@@ -221,7 +221,7 @@ class ShadowStep:
     def __init__(
         self,
         shadow: nn.Module,
-        record: Attachment,
+        record: Record,
         inputs: Any,
         loss: Callable | None,
         device: torch.device,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.attached.active import coded_deltas, extra_values, mounted_deltas, write_changed_layers
 from s2ft.attached.hooks import named_tensors
-from s2ft.attached.record import Attachment, attachment_of, check_plain_and_untied, coupled_names, on_unwrapped
+from s2ft.attached.record import Record, check_plain_and_untied, coupled_names, on_unwrapped, record_of
 from s2ft.config import refuse
 from s2ft.distributed import (
     all_ranks,
@@ -86,7 +86,7 @@ def save_merged(
         >>> type(model).from_pretrained("merged").num_parameters()
         86336
     """
-    record = attachment_of(model)
+    record = record_of(model)
     _check(model, record, max_shard_size)
     reshard_all(model)
     plain, ranks, changes = _plain(model), all_ranks(), _changes(model, record)
@@ -123,7 +123,7 @@ def save_merged(
     run_on_ranks("saving a merged checkpoint", ranks, True, write_gathered)
 
 
-def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | None) -> None:
+def _check(model: nn.Module, record: Record, max_shard_size: int | str | None) -> None:
     """Raise ValueError if the adapters can't be merged."""
     refuse(
         (
@@ -172,7 +172,7 @@ def _find(tensors: Container[str], name: str) -> str | None:
     return next((one for one in (name, f"{name}.weight", f"{layer}.linear.{last}") if one in tensors), None)
 
 
-def _changes(model: nn.Module, record: Attachment) -> Changes:
+def _changes(model: nn.Module, record: Record) -> Changes:
     """What the active adapters change in the base. Every rank of a sharded model must call this."""
     deltas = {name: record.loaded[name].deltas for name in record.active if name != record.name}
     extra = {k: v for name in deltas for k, v in record.loaded[name].extra_weights.items()}
@@ -194,7 +194,7 @@ def _changes(model: nn.Module, record: Attachment) -> Changes:
 
 
 def _why_no_base(
-    base: str | os.PathLike | None, model: nn.Module, record: Attachment, plain: nn.Module, found: list[DiskSource]
+    base: str | os.PathLike | None, model: nn.Module, record: Record, plain: nn.Module, found: list[DiskSource]
 ) -> str:
     """Open the base's checkpoint and check that it is that of the model.
 
@@ -230,7 +230,7 @@ def _why_no_base(
     return ""
 
 
-def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWeights) -> str:
+def _difference_outside(model: nn.Module, record: Record, weights: StoredWeights) -> str:
     """Compare what this rank has of the tensors that the fingerprint leaves out. Returns the difference in words."""
     vectors = {vector.path for coupling in record.couplings for vector in coupling.vectors}
     changed = {*coupled_names(record.couplings) - vectors, *record.extra.base, *record.extra.overwritten}
@@ -261,7 +261,7 @@ class _ModelSource(BaseSource):
     the first one reads them as it writes, the others by :meth:`read_rest`.
     """
 
-    def __init__(self, model: nn.Module, record: Attachment, plain: nn.Module) -> None:
+    def __init__(self, model: nn.Module, record: Record, plain: nn.Module) -> None:
         self.transforms = getattr(model, "_weight_conversions", None)
         self._tensors = dict(named_tensors(model))
         groups = saving_groups(plain, self.transforms, saved_names(plain))

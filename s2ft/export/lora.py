@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import load_adapter
-from s2ft.attached.record import Attachment, attachment_of, check_fits, find_attachment, new_attachment, on_unwrapped
+from s2ft.attached.record import Record, check_fits, find_record, new_record, on_unwrapped, record_of
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import S2FTConfig, refuse
 from s2ft.files.plain_text import by_key, replace_file
@@ -123,19 +123,17 @@ def write(
     replace_file(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
-def _record(
-    model: nn.Module | None, folder, couplings: Sequence[Coupling] | None = None
-) -> tuple[nn.Module, Attachment]:
+def _record(model: nn.Module | None, folder, couplings: Sequence[Coupling] | None = None) -> tuple[nn.Module, Record]:
     """The model, which must be given, and its record, or a temporary one for a model without adapters."""
     if model is None:
         raise ValueError(
             f"{folder} is a LoRA, which is read and written together with its base model: use s2ft.import_lora, "
             "s2ft.export_lora or s2ft export"
         )
-    return model, find_attachment(model) or new_attachment(model, couplings)
+    return model, find_record(model) or new_record(model, couplings)
 
 
-def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, Sides]:
+def _sides(adapter: Adapter, model: nn.Module, record: Record) -> dict[str, Sides]:
     """The factors of each module, with the projections of one module joined along the rank."""
     parts: dict[str, list[Sides]] = {}
     for projection in projections_of(record.couplings):
@@ -274,7 +272,7 @@ def read(
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
     model, record = _record(model, folder, couplings)
     if couplings is None and _takes_inputs(tensors, record):
-        record = new_attachment(model, input_couplings(model, record.couplings))
+        record = new_record(model, input_couplings(model, record.couplings))
     projections = by_key((projection.path, projection) for projection in projections_of(record.couplings))
     deltas, units = {}, {}
     for path in sorted({key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in tensors}):
@@ -306,7 +304,7 @@ def read(
     )
 
 
-def _takes_inputs(tensors: dict[str, Tensor], record: Attachment) -> bool:
+def _takes_inputs(tensors: dict[str, Tensor], record: Record) -> bool:
     """Whether the ranks of a layer whose units are outputs take an input each, as those of `i_ratio` do."""
     found = (
         tensors.get(f"{PREFIX}{one.path}.lora_A.weight") for one in projections_of(record.couplings) if not one.dim
@@ -448,5 +446,5 @@ def export_lora(
         >>> from peft import PeftModel
         >>> peft_model = PeftModel.from_pretrained(s2ft.detach(model), "math-lora")
     """
-    adapter = get_adapter(model, attachment_of(model).default_name if name is None else name)
+    adapter = get_adapter(model, record_of(model).default_name if name is None else name)
     write(adapter, directory, model, rank=rank, rank_pattern=rank_pattern)

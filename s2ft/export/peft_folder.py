@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.attached.record import find_attachment
+from s2ft.attached.record import find_record
 from s2ft.export.lora import CONFIG
 from s2ft.files.reading import json_entry
 from s2ft.model.fingerprint import structure_of
@@ -45,7 +45,7 @@ def read(folder: Path, model: nn.Module | None = None, name: str | None = None) 
     Raises:
         ValueError: There is no model or it has adapters, or the files are damaged or of another base.
     """
-    if model is None or find_attachment(model) is not None:
+    if model is None or find_record(model) is not None:
         raise ValueError(
             f"{folder} is an S²FT adapter of PEFT, which is read together with its base: "
             f"s2ft export --from-peft {folder} --model BASE --output ADAPTER makes an adapter of s2ft of it"

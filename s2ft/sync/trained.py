@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
 from s2ft.attached.active import extra_parameters, keep_base_of_unfrozen, mounted_deltas
-from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment, unwrapped
+from s2ft.attached.record import Mount, Record, find_record, record_of, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import full_shape, full_tensors, full_values, reshard_all
 from s2ft.model.weights import Delta, weight_at
@@ -52,7 +52,7 @@ def source_of(model: nn.Module) -> "AttachedSource | PeftSource":
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     model = unwrapped(model)
-    if find_attachment(model) is None and hasattr(model, "get_base_model"):
+    if find_record(model) is None and hasattr(model, "get_base_model"):
         return PeftSource(model)
     return AttachedSource(model)
 
@@ -66,7 +66,7 @@ class AttachedSource:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self._record = model, attachment_of(model)
+        self.model, self._record = model, record_of(model)
         self._check_active()
         slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
         _check_accounted(model, slices | {id(one) for one in extra_parameters(model, self._record).values()})
@@ -119,7 +119,7 @@ class AttachedSource:
             )
 
 
-def _parts(model: nn.Module, record: Attachment, mount: Mount) -> Iterator[TrainedWeight]:
+def _parts(model: nn.Module, record: Record, mount: Mount) -> Iterator[TrainedWeight]:
     """Read the base's numbers of what a trainable layer trains. A weight that is spread over ranks is gathered."""
     layer = mount.layer
     handle = weight_at(model, mount.parts[0].projection)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from s2ft.attached.active import without_trainable
 from s2ft.attached.loading import disable_adapters
-from s2ft.attached.record import find_attachment, unwrapped
+from s2ft.attached.record import find_record, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import is_spread, reshard_all
 from s2ft.model.running import evaluation_mode, replaced
@@ -199,7 +199,7 @@ def base_switch(model: Any) -> Callable[[], AbstractContextManager] | None:
     model = unwrapped(model)
     if _is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):  # transformers' own use of PEFT
         return lambda: _without_peft(model)
-    record = find_attachment(model)
+    record = find_record(model)
     if record is None:
         return None
     return lambda: without_trainable(model) if record.trains else disable_adapters(model)

@@ -125,7 +125,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Record:
+class ScoredAnswer:
     """One scored example.
 
     Attributes:
@@ -153,7 +153,7 @@ class Evaluation:
     """
 
     task: str
-    records: list[Record]
+    records: list[ScoredAnswer]
     left_out: int
     seconds: float
 
@@ -276,7 +276,7 @@ def evaluate(
     start = time.perf_counter()
     texts = generate(model, tokenizer, list(prompts.values()), batch_size, max_new_tokens, title, num_beams)
     records = [
-        Record(examples[number].question, text, answers[number], is_right(text, answers[number], task))
+        ScoredAnswer(examples[number].question, text, answers[number], is_right(text, answers[number], task))
         for number, text in zip(prompts, texts)
     ]
     return Evaluation(task, records, len(examples) - len(prompts), time.perf_counter() - start)

@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 import s2ft
-from s2ft.attached.record import attachment_of
+from s2ft.attached.record import record_of
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.estimation.devices import Estimate, size
@@ -259,7 +259,7 @@ def rate_of_adapter(model: nn.Module, updates: int) -> float:
         >>> rate_of_adapter(model, 100)
         0.0002
     """
-    record = attachment_of(model)
+    record = record_of(model)
     chosen = [record.projections[name] for name in record.selection.units]
     every = {(one.path, one.expert): weight_at(model, one).shape.numel() for one in record.projections.values()}
     share = sum(full_shape(mount.layer.s2).numel() for mount in record.mounts.values()) / sum(every.values())

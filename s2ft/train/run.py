@@ -20,7 +20,7 @@ import s2ft
 from s2ft.adapter.folders import write_card
 from s2ft.attached.loading import read_adapter
 from s2ft.attached.mounting import files_of
-from s2ft.attached.record import attachment_of
+from s2ft.attached.record import record_of
 from s2ft.attached.report import Report
 from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig, refuse
@@ -300,7 +300,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     apply_kernels(model, options.kernels)
     add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})
     # Statistics may round differently on different devices.
-    check_all_ranks_agree("selection", attachment_of(model).selection.digest)
+    check_all_ranks_agree("selection", record_of(model).selection.digest)
     if run.is_first:
         run.folder.begin({**run.determining(), "rows": len(data.rows)}, bool(run.resume), config_text(run))
         print(report, flush=True)

@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from s2ft.attached.loading import restore_adapter
 from s2ft.attached.mounting import set_rounding
-from s2ft.attached.record import attachment_of, check_sentence_model, find_attachment, unwrapped
+from s2ft.attached.record import check_sentence_model, find_record, record_of, unwrapped
 from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
 from s2ft.model.running import replaced
@@ -72,12 +72,12 @@ class AdapterCheckpoints:
             super().__init__(*args, **options)
         self.args.save_only_model = only_model  # a trainer may have made a copy of the arguments
         model = self.accelerator.unwrap_model(self.model)
-        if attachment_of(unwrapped(model)).name is None:
+        if record_of(unwrapped(model)).name is None:
             raise ValueError(
                 "no adapter of this model is trainable: call s2ft.attach, or s2ft.load_adapter with trainable=True"
             )
         check_sentence_model(model)
-        if any(mount.layer.rounding is not None for mount in attachment_of(unwrapped(model)).mounts.values()):
+        if any(mount.layer.rounding is not None for mount in record_of(unwrapped(model)).mounts.values()):
             self.add_callback(GradualRounding(model))
         if self.is_deepspeed_enabled:  # its checkpoints omit the base, and it would raise for missing keys
             model.register_load_state_dict_post_hook(_ignore_missing_base)
@@ -113,7 +113,7 @@ class AdapterCheckpoints:
             return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **options)
         finally:
             model = self.accelerator.unwrap_model(self.model)
-            if find_attachment(unwrapped(model)) is not None:  # it may have been merged
+            if find_record(unwrapped(model)) is not None:  # it may have been merged
                 set_rounding(model, 1.0)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
@@ -275,7 +275,7 @@ class GradualRounding(TrainerCallback):
 @contextmanager
 def fully_rounded(model: Any) -> Iterator[None]:
     """Inside, a model with a codec computes with what the base's file can hold."""
-    record = find_attachment(unwrapped(model))  # None: it was merged
+    record = find_record(unwrapped(model))  # None: it was merged
     mounts = [] if record is None else record.mounts.values()
     share = next((mount.layer.rounding.share for mount in mounts if mount.layer.rounding is not None), 1.0)
     if share == 1:

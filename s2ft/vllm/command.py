@@ -19,7 +19,7 @@ from typing import Any
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import folders_of, grouped, source_of
-from s2ft.attached.record import Attachment, check_fits, new_attachment
+from s2ft.attached.record import Record, check_fits, new_record
 from s2ft.config import refuse
 from s2ft.export import lora
 from s2ft.files.reading import gguf_files
@@ -152,13 +152,13 @@ class _Base:
         if self._model is not None:
             check_fits(adapter, self._model, self._record(adapter.couplings and tuple(adapter.couplings)))
 
-    def _read(self, couplings: tuple[Coupling, ...] | None) -> Attachment:
+    def _read(self, couplings: tuple[Coupling, ...] | None) -> Record:
         try:
             with weights_on_disk(self._model, self._name):
-                return new_attachment(self._model, couplings)
+                return new_record(self._model, couplings)
         except (OSError, ValueError) as error:  # a checkpoint of pickles, for instance: the plugin compares, too
             logger.info("adapters are compared with the base when vLLM loads them: %s", error)
-            return new_attachment(self._model, couplings)  # without a fingerprint
+            return new_record(self._model, couplings)  # without a fingerprint
 
 
 def write_template(adapters: Sequence[Served], folder: Path) -> Path | None:

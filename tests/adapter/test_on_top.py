@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.inside import attachment_of, overlap
+from support.inside import overlap, record_of
 from support.models import fit, model_of, token_batch
 from support.states import merged_state as weights, same, with_adapter
 
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_the_model_with_the_earlier_adapters():
     ids = token_batch(model)
     for each in (model, reference):
         each(input_ids=ids, labels=ids).loss.backward()
-    for name, (mount, part) in attachment_of(model).parts.items():
+    for name, (mount, part) in record_of(model).parts.items():
         whole = reference.get_submodule(part.projection.path).weight.grad
         expected = whole.index_select(mount.layer.dim, part.elements)
         found = mount.layer.s2.grad.index_select(mount.layer.dim, part.positions)
@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_model_with_the_earlier_adapters():
     taken = (s2ft.get_adapter(model, "one") + s2ft.get_adapter(model, "two")).selection
     expected = s2ft.select(merged, config_of("three", selection="gradient", exclude=taken), calibration)
     s2ft.attach(model, config_of("three", selection="gradient"), "three", calibration=calibration, on_top=True)
-    assert attachment_of(model).selection == expected
+    assert record_of(model).selection == expected
 
 
 def test_units_excluded_by_hand_stay_excluded():
@@ -98,4 +98,4 @@ def test_units_excluded_by_hand_stay_excluded():
         set(range(model.config.intermediate_size)) - set(s2ft.get_adapter(model, "one").selection[path].tolist())
     )
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, layers=[0], exclude={path: free[:-8]}), name="two", on_top=True)
-    assert set(attachment_of(model).selection[path].tolist()) <= set(free[-8:])
+    assert set(record_of(model).selection[path].tolist()) <= set(free[-8:])

@@ -188,7 +188,7 @@ def test_a_folder_with_one_file_is_that_file(small, tmp_path):
 def test_a_merge_that_is_interrupted_leaves_the_adapter(small, monkeypatch):
     model, base = fit(attached(small, "float32"), 2), load_model(str(small), "float32")[0].state_dict()
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(forwards, "clear_attachment", mock.Mock(side_effect=KeyboardInterrupt))
+        context.setattr(forwards, "clear_record", mock.Mock(side_effect=KeyboardInterrupt))
         s2ft.merge(model)
     assert s2ft.status(model).active == {} and s2ft.list_adapters(model) == ["default"]
     assert all(torch.equal(value, base[name]) for name, value in s2ft.detach(model).state_dict().items())

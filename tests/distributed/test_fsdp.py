@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from runs import EXTRA, attached, base_is, check_same_files, config_for, files, logits, sharded, train
-from support.inside import attachment_of
+from support.inside import record_of
 from support.models import model_of
 from support.tolerances import GEMM
 
@@ -43,7 +43,7 @@ def test_a_state_in_the_bases_order_is_loaded_into_a_sharded_model(ranks):
 
 def full_weights_alive(rank, case):
     model = attached(case)
-    layers = {path: mount.layer for path, mount in attachment_of(model).mounts.items()}
+    layers = {path: mount.layer for path, mount in record_of(model).mounts.items()}
     whole = {path: weakref.ref(layer.weight.untyped_storage()) for path, layer in layers.items()}
     sharded(model)
     gc.collect()
@@ -71,7 +71,7 @@ def train_cast(rank, way, directory):
 def with_deltas():
     """A bfloat16 base with float32 deltas of about 0.1."""
     model, generator = attached("llama", dtype=torch.bfloat16), torch.Generator().manual_seed(3)
-    for mount in attachment_of(model).mounts.values():
+    for mount in record_of(model).mounts.values():
         mount.layer.s2.uniform_(0.08, 0.12, generator=generator)
     return model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.inside import attachment_of, couplings_of, projections_of, unit_parameters
+from support.inside import couplings_of, projections_of, record_of, unit_parameters
 from support.models import model_of
 
 import s2ft
@@ -63,7 +63,7 @@ def test_a_budget_as_text_and_as_the_rank_of_a_lora():
     model = model_of("llama-grouped")
     report = s2ft.attach(model, S2FTConfig(u_ratio=0.1, d_ratio=0.1, match_lora_rank=4))
     lora = 2 * 3 * 4 * (24 + 52)  # two projections in three layers
-    assert lora - 24 < report.trainable <= lora and report.trainable == parameters(attachment_of(model).selection)
+    assert lora - 24 < report.trainable <= lora and report.trainable == parameters(record_of(model).selection)
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -97,7 +97,7 @@ def test_a_layer_without_selected_units_is_not_mounted():
         model.model.layers[i].mlp.down_proj.weight.data.mul_(1e-3)
     for layout in ("permuted", "indexed"):
         report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="weight", allocation="global", layout=layout))
-        assert list(attachment_of(model).mounts) == ["model.layers.1.mlp.down_proj"] and report.trainable == 15 * 24
+        assert list(record_of(model).mounts) == ["model.layers.1.mlp.down_proj"] and report.trainable == 15 * 24
         s2ft.detach(model)
 
 

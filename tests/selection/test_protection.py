@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from selection.test_metrics import batch_of
-from support.inside import METRICS, Calibration, Request, attachment_of, couplings_of, shared_by_producers
+from support.inside import METRICS, Calibration, Request, couplings_of, record_of, shared_by_producers
 from support.models import ALL_RATIOS, model_of, ratios_for
 from support.pairs import in_turn
 
@@ -59,10 +59,10 @@ def test_protected_units_are_never_chosen(case, choice):
 def test_attach_writes_the_share_into_the_adapter_and_nothing_without_protect(tmp_path):
     model = model_of("llama")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1), protect=data_of(model))
-    assert attachment_of(model).config.protect_ratio == 0.5
-    expected = attachment_of(model).selection
+    assert record_of(model).config.protect_ratio == 0.5
+    expected = record_of(model).selection
     s2ft.save_adapter(model, tmp_path / "adapter")
     s2ft.detach(model)
     assert s2ft.read_adapter(tmp_path / "adapter").config.protect_ratio == 0.5
     s2ft.load_adapter(model, tmp_path / "adapter", trainable=True)
-    assert attachment_of(model).selection == expected and S2FTConfig(d_ratio=0.1).to_dict()["protect_ratio"] is None
+    assert record_of(model).selection == expected and S2FTConfig(d_ratio=0.1).to_dict()["protect_ratio"] is None

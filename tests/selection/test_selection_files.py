@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.inside import AdapterFolderCONFIG as CONFIG, attachment_of, reading
+from support.inside import AdapterFolderCONFIG as CONFIG, reading, record_of
 from support.models import ALL_RATIOS, model_of
 from support.states import with_adapter
 
@@ -33,7 +33,7 @@ def test_round_trip(units, tmp_path_factory):
 def test_loading_from_an_adapter_folder(tmp_path):
     model = with_adapter(model_of("llama"), s2ft.S2FTConfig(**ALL_RATIOS))
     s2ft.save_adapter(model, tmp_path)
-    assert Selection.load(tmp_path) == attachment_of(model).selection
+    assert Selection.load(tmp_path) == record_of(model).selection
     config = json.loads((tmp_path / "s2ft_config.json").read_text())
     config["projections"]["model.layers.0.mlp.down_proj"]["units"][0] = 3
     (tmp_path / "s2ft_config.json").write_text(json.dumps(config))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.inside import METRICS, attachment_of
+from support.inside import METRICS, record_of
 from support.models import ALL_RATIOS, fit, model_of
 from support.states import with_adapter
 
@@ -34,7 +34,7 @@ def test_a_second_selection_excludes_the_first(metric, allocation):
 
 def test_excluding_an_adapter(tmp_path):
     model = fit(with_adapter(model_of("llama"), S2FTConfig(**ALL_RATIOS)))
-    first = attachment_of(model).selection
+    first = record_of(model).selection
     s2ft.save_adapter(model, tmp_path / "first")
     s2ft.detach(model)
     first.save(tmp_path / "first.json")

@@ -16,7 +16,7 @@ MODULES = {
     "attached.active": "mounted_deltas",
     "attached.hooks": "gated_forward INDEX",
     "attached.loading": "restore_adapter",
-    "attached.record": "attachment_of find_attachment new_attachment",
+    "attached.record": "record_of find_record new_record",
     "attached.saving": "add_info gather_trained",
     "cli": "chat main:cli_main plan:cli_plan",
     "cli.chat": "ChatArguments",

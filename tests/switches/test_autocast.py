@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.inside import attachment_of, mounted_deltas, weight_at
+from support.inside import mounted_deltas, record_of, weight_at
 from support.models import LAYOUTS, loss_of
 from support.pairs import pairs_mostly_slow
 from support.slices import attached, gradients, slices
@@ -22,7 +22,7 @@ CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5-gated", "qwen3-moe")
 
 def by_projection(model):
     """The gradients of the slices in the base's coordinates. mounted_deltas converts them in place of the deltas."""
-    record, kept = attachment_of(model), {}
+    record, kept = record_of(model), {}
     for path, mount in record.mounts.items():
         kept[path] = mount.layer.s2.data
         mount.layer.s2.data = mount.layer.s2.grad
@@ -46,10 +46,10 @@ def test_autocast(case, layout, half):
     model's full weights under autocast."""
     model = attached(case, layout=layout)
     seen = []
-    for mount in attachment_of(model).mounts.values():
+    for mount in record_of(model).mounts.values():
         if isinstance(mount.layer, (S2ColumnLinear, S2RowLinear)):  # expert layers have no output
             mount.layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    plain, projections = s2ft.merge(copy.deepcopy(model)).requires_grad_(False), attachment_of(model).projections
+    plain, projections = s2ft.merge(copy.deepcopy(model)).requires_grad_(False), record_of(model).projections
     for projection in projections.values():
         weight_at(plain, projection).tensor.requires_grad_(True)
     seen.clear()
@@ -88,7 +88,7 @@ def test_deltas_on_a_half_precision_base(layout, half, delta):
     for p, gradient in zip(slices(model).values(), gradients(model).values()):
         assert p.dtype is gradient.dtype is dtype and gradient.any()
     reference = attached("llama-grouped", layout=layout)
-    for mount in attachment_of(model).mounts.values():
+    for mount in record_of(model).mounts.values():
         mount.layer.unfuse()  # the values of the base
     with torch.no_grad():
         for path, module in reference.named_modules():  # the same half-precision values, computed in float32

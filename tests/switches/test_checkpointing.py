@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from support.inside import attachment_of
+from support.inside import record_of
 from support.models import inputs_of, loss_of, token_batch
 from support.pairs import pairs_mostly_slow
 from support.slices import assert_same, attached, everything, gradients, plain_model
@@ -96,14 +96,14 @@ def test_no_gradient_below_the_lowest_trained_layer(on):
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     loss_of(model).backward()
     assert seen == [False, True, True]
-    assert attachment_of(model).mounts["model.layers.1.mlp.down_proj"].layer.s2.grad.any()
+    assert record_of(model).mounts["model.layers.1.mlp.down_proj"].layer.s2.grad.any()
 
 
 def test_the_lowest_trained_layer_computes_no_input_gradient(monkeypatch):
     """Two of three down projections compute a gradient of their input, because the lowest one does not need it. This
     holds before checkpointing is enabled and after it is disabled again."""
     model = randomize(with_adapter(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2)))
-    kind, calls = type(next(iter(attachment_of(model).mounts.values())).layer.kind), []
+    kind, calls = type(next(iter(record_of(model).mounts.values())).layer.kind), []
     grad_of_x = kind.grad_of_x
     monkeypatch.setattr(kind, "grad_of_x", lambda *given: calls.append(given) or grad_of_x(*given))
     for _ in range(2):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from support.inside import Projection, attachment_of
+from support.inside import Projection, record_of
 from support.models import loss_of, output_of, token_batch
 from support.slices import assert_same, attached, everything, gradients, plain_model
 from support.states import randomize, with_adapter
@@ -188,7 +188,7 @@ def test_switching_writing_and_merging_after_compiling():
         assert same() and not torch.equal(output_of(called), trained)
         s2ft.set_adapter(model, "default")
         assert relative_difference(output_of(called), trained) <= LOGITS
-        layer = attachment_of(model).mounts["model.layers.0.mlp.down_proj"].layer
+        layer = record_of(model).mounts["model.layers.0.mlp.down_proj"].layer
         layer.s2.add_(0.1)
         found = output_of(called)  # before the uncompiled model runs, which would write the slice
         assert same() and torch.equal(output_of(called), found) and not torch.equal(found, trained)
@@ -244,8 +244,8 @@ def test_a_wrapper_stands_for_the_model_inside(tmp_path):
     inside = attached("llama-grouped", layers=1)
     s2ft.set_adapter(called, None)
     s2ft.set_adapter(called, "default")
-    for path, mount in attachment_of(model).mounts.items():
-        mount.layer.s2.data.copy_(attachment_of(inside).mounts[path].layer.s2)
+    for path, mount in record_of(model).mounts.items():
+        mount.layer.s2.data.copy_(record_of(inside).mounts[path].layer.s2)
     assert_same(step(model, called), step(inside), LOGITS)
     assert s2ft.status(called).trainable == "default" and str(s2ft.status(called)) == str(s2ft.status(model))
     s2ft.save_adapter(called, tmp_path / "adapter")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.inside import attachment_of, rates
+from support.inside import rates, record_of
 from support.models import model_of
 from support.states import with_adapter
 
@@ -31,7 +31,7 @@ def test_a_short_run_gets_up_to_twice_the_rate():
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_the_rate_of_an_adapter_follows_from_its_share_and_the_size_of_its_weights(layout):
     model = with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.5, q_ratio=0.5, layout=layout))
-    record = attachment_of(model)
+    record = record_of(model)
     weights = [model.get_submodule(one.path).weight for one in record.projections.values()]
     trained = [model.get_submodule(record.projections[name].path).weight for name in record.selection.units]
     share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(one.numel() for one in weights)
