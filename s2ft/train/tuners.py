@@ -133,7 +133,7 @@ def prepare(
         report = s2ft.attach(model, s2ft_config({"seed": seed, **options}, model), calibration=calibration, **more)
         return Prepared(model, model, method, options, report.trainable)
     if method == "full":
-        refuse((options, f"full fine-tuning takes no options, got {', '.join(options)}"))
+        check_no_options(options)
         wrapped = model.requires_grad_(True)
     else:
         wrapped = with_peft(model, method, options, seed)
@@ -143,6 +143,10 @@ def prepare(
 def check_tuner(method: str) -> None:
     if method not in TUNERS:
         raise ValueError(f"method must be one of {', '.join(TUNERS)}, got {method!r}")
+
+
+def check_no_options(options: dict[str, Any]) -> None:
+    refuse((options, f"full fine-tuning takes no options, got {', '.join(options)}"))
 
 
 def s2ft_config(options: dict[str, Any], model: nn.Module) -> S2FTConfig:
