@@ -193,12 +193,11 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the base layer on its weight plus the deltas of adapters."""
         hook = getattr(self.base_layer, "_hf_hook", None)
-        if torch.compiler.is_compiling():
-            self.put_base_back()  # an uncompiled forward has left base + delta
         in_place = hook is None and not self.kind.read_only and not torch.compiler.is_compiling()
         # A view is memory of FSDP version 1, which gathers it again for the backward.
         if in_place and not self.base_layer.weight._is_view():
             return self._trainable("", names).forward(*args, **kwargs)
+        self.put_base_back()  # a forward before, that was not compiled, has left base + delta
         delta, run = self.sum_of("", names), self.kind.run_with_delta
         if hook is None or self.kind.read_only:
             return run(self.base_layer, args[0], delta.values, delta.index, self.dim, *args[1:], **kwargs)
@@ -246,7 +245,11 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return self.base_layer._parameters
 
     def put_base_back(self) -> None:
-        """Make the weights hold the base. A compiled graph asks at each call whether they do, and breaks if not."""
+        """Make the weights hold the base. A compiled graph asks at each call whether they do, and breaks if not.
+
+        Raises:
+            RuntimeError: The model is exported, and the weights hold base + delta.
+        """
         if any(layer.fused for _, layer in self._running.values()):
             if torch.compiler.is_exporting():
                 raise RuntimeError("the weights hold base + delta since a forward: call state_dict() before export")
@@ -487,8 +490,6 @@ class S2FTPeftExperts(S2FTPeftLayer):
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the module's experts with an object in the place of each parameter that has a delta."""
         module = self.base_layer
-        if torch.compiler.is_compiling():
-            self.put_base_back()
         other = object.__new__(type(module))  # the module itself does not change: another thread may run it
         other.__dict__.update(module.__dict__)
         parameters, compiles = module._parameters.items(), torch.compiler.is_compiling()
@@ -502,6 +503,7 @@ class S2FTPeftExperts(S2FTPeftLayer):
 
     def _effective_weight(self, weight: str, names: Sequence[str]) -> Tensor:
         """A copy of the experts' weights with the deltas added. A compiled graph can't write them."""
+        self.put_base_back()
         delta = self.sum_of(weight, names)
         view, places = self._places(weight, delta.index)
         sums = effective_units(view[places], delta.values.transpose(0, delta.dim))
