@@ -295,10 +295,10 @@ class Talk:
                         return
                 elif line.strip():
                     self._answer(line[1:] if line.startswith("//") else line)
-            except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:  # RuntimeError: out of memory
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
                 if not self.is_terminal:
                     raise
-                say(f"error: {error or 'interrupted'}")
+                say(f"error: {error}")
 
     def _lines(self) -> Iterator[str]:
         """The lines of the input. A line that ends with a backslash is joined with the next one."""

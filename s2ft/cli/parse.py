@@ -241,7 +241,7 @@ class OptionParser(argparse.ArgumentParser):
         found: dict[str, Any] = {}
         spelled: dict[str, str] = {}
         for key, value in read_config(path).items():
-            if key == "env":
+            if key == "env" or (key in ("streaming", "dataset_streaming") and value is False):  # TRL's default
                 continue
             action = self._option_string_actions.get(f"--{str(key).replace('-', '_')}")
             if action is None or action.dest not in self.options:

@@ -255,7 +255,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
                 raise RuntimeError("the weights hold base + delta since a forward: call state_dict() before export")
             self._unfuse()
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="the weights hold base + delta since a forward: call state_dict() before")
     def _unfuse(self) -> None:
         for _, layer in self._running.values():
             layer.unfuse()

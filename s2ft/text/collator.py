@@ -173,7 +173,7 @@ def needs_calibration(config) -> bool:
 def calibration_for(
     config, tokenizer, rows, examples: int | None, batch_size: int, convert: Callable = dict
 ) -> Iterator[dict] | None:
-    """Draw rows with the config's seed and collate them as for training.
+    """Draw rows with the config's seed and collate them, padded on the right.
 
     Args:
         config: The S2FTConfig of the run.

@@ -380,6 +380,7 @@ def rows_interact(config) -> bool:
 
 def scales_with_length(config) -> bool:
     """Whether rotary position embeddings depend on the length of the longest row of a batch."""
+    config = config.get_text_config()
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
     return any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope") for kind in kinds)
@@ -418,7 +419,7 @@ class TextStream:
 
     def __init__(self, tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._window, self._held = list(before)[-CONTEXT:], ""  # tokens; text that is held back
+        self._window, self._held = list(before), ""  # tokens, of which `push` leaves the last; text that is held back
         self._sent = len(
             self._decode(self._window).rstrip(BROKEN)
         )  # characters of the window's text that were passed on

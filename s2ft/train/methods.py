@@ -73,7 +73,7 @@ class Method(ABC):
         if held_out is None and (evaluates or options.eval_limit is not None):
             name = "eval_task" if options.eval_task else "eval_limit" if options.eval_limit else "an evaluation"
             raise ValueError(
-                f"{name} needs held-out rows: give eval_data, test_split_size, or a dataset_name that has a split "
+                f"{name} needs held-out rows: give eval_data, test_split_size, or one data set that has a split "
                 f"{run.data.dataset_test_split!r}"
             )
         return rows, held_out

@@ -218,7 +218,7 @@ def train_rows(
         tokenizer: The model's tokenizer.
         rows: The token rows, a Dataset with the columns input_ids and labels.
         arguments: The arguments of the run.
-        held_out: Token rows to evaluate on while training, or None.
+        held_out: Such rows to evaluate on while training, or None.
         callbacks: More callbacks of the Trainer.
         options: Options that the arguments do not have, such as `chunked_loss`.
 

@@ -35,12 +35,12 @@ def test_pieces_of_any_tokens_add_up_to_the_text(tokens):
 
 
 def test_a_text_that_continues_a_prompt_keeps_its_first_space():
-    tokenizer = TOKENIZERS["SentencePiece"]()
-    ids = tokenizer("the cat sat")["input_ids"]
-    for cut in range(1, len(ids)):
-        stream = TextStream(tokenizer, before=ids[:cut])
-        parts = (tokenizer.decode(ids[:cut], skip_special_tokens=True), *map(stream.push, ids[cut:]), stream.flush())
-        assert "".join(parts) == "the cat sat"
+    for tokenizer, text in ((TOKENIZERS["SentencePiece"](), "the cat sat"), (BYTE_FALLBACK, "日本日本")):
+        ids = tokenizer(text)["input_ids"]
+        for cut in range(3, len(ids), 3):  # not within a character
+            stream = TextStream(tokenizer, before=ids[:cut])
+            head = tokenizer.decode(ids[:cut], skip_special_tokens=True)
+            assert head + "".join(map(stream.push, ids[cut:])) + stream.flush() == text
 
 
 @settings(deadline=None)

@@ -286,8 +286,8 @@ def _folder(path: Path, split: str, data_files: Any) -> Rows:
     found = {name: names for name, names in found.items() if names}
     if not found:
         raise ValueError(f"data folder {path} has no file of the kinds {', '.join(KINDS)}")
-    taken = {file for names in found.values() for file in names}
-    rest = [file for file in path.iterdir() if file not in taken and not file.name.startswith(INFOS)]
+    taken = {file.resolve() for names in found.values() for file in names}
+    rest = [file for file in path.iterdir() if file.resolve() not in taken and not file.name.startswith(INFOS)]
     if skipped := [file.name for file in rest if file.suffix in OTHERS or _kind(file)]:
         logger.warning("data folder %s: %s: not read", path, ", ".join(sorted(skipped)))
     return _files(_split_of(found, split, f"data folder {path}"))
