@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar, cast
-from weakref import WeakValueDictionary, ref
+from weakref import WeakSet, WeakValueDictionary, ref
 
 import numpy
 import torch
@@ -41,6 +41,9 @@ from s2ft.ops.in_place import WRITING, check_distinct, check_private, is_being_c
 # ---- when weights get base + s2 -------------------------------------------------------------------------------------
 
 _holding: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # layers by the address of their s2's storage
+_writers: "WeakSet[Any]" = (
+    WeakSet()
+)  # layers that have written base + s2; under ZeRO-3 several share an address in turn
 
 
 def write_all(layers: Sequence[Any]) -> None:
@@ -111,9 +114,12 @@ def _write_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """
     stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
     with WRITING:  # another thread may add one
-        fused = [layer for layer in set(_holding.values()) if layer.fused]
-    ours = [one for one in fused if id(one.s2) in stepped or one.is_managed or type(one.s2) is Tensor]  # a sum
-    changed = [one for one in ours if one.after_step()]
+        fused = [layer for layer in _writers if layer.fused]
+    changed = [
+        one
+        for one in fused
+        if (id(one.s2) in stepped or one.is_managed or type(one.s2) is Tensor) and one.after_step()  # Tensor: a sum
+    ]
     write_all(changed)
     for layer in changed:
         layer.write_before_next_forward()
@@ -173,7 +179,6 @@ class S2Layer(TrainableLayer):
     _written: Any = None  # a tuple, the stamps of s2 and of the weight when base + s2 was written last
     _is_current = False  # False after unfuse and after an optimizer's step, whatever the stamps say
     _may_have_changed = False  # whether s2 may have been changed since in a way that its stamp does not tell
-    _held_at = 0  # the key of this layer in _holding
     _base_of = 0  # id of the weight that `base` belongs to
     _whole: Any = None  # memory of the weight that this layer was made on, or wrote last
     is_on_trial = False  # whether the weight requires a gradient to find code that reads it past this layer
@@ -451,12 +456,16 @@ class S2Layer(TrainableLayer):
         """Note that the weight holds base + s2 with the values of these stamps."""
         if isinstance(self.base, list):
             release_gathered(self.weight)
-        self.__dict__.update(_written=stamps, _whole=stamps[1][1], _is_current=True, _may_have_changed=False)
         _watch_optimizers()  # one may change s2 without a new version
-        if _holding.get(self._held_at) is self:  # PEFT's sum of two adapters is in other memory each time
-            del _holding[self._held_at]
-        self.__dict__["_held_at"] = local_part(self.s2).untyped_storage()._cdata
-        _holding[self._held_at] = self
+        # PEFT's sum of two adapters is in other memory each time
+        if _holding.get(before := self.__dict__.get("_held_at", 0)) is self:
+            del _holding[before]
+        at = local_part(self.s2).untyped_storage()._cdata
+        self.__dict__.update(
+            _written=stamps, _whole=stamps[1][1], _is_current=True, _may_have_changed=False, _held_at=at
+        )
+        _holding[at] = self
+        _writers.add(self)
 
     def _keep_base(self, weight: Tensor, s2: Tensor, stamps: tuple) -> None:
         """Keep the base's values of a whole weight. If other values were loaded into it since, keep those."""

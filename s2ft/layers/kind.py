@@ -364,7 +364,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(weight, s2, kept)
         ctx.layer, ctx.shape, ctx.call, ctx.bias_dtype = layer, x.shape, call, None if bias is None else bias.dtype
         # Hooks of saved tensors, such as save_on_cpu, give a copy back, of which nobody knows that it holds base + s2.
-        ctx.held = weight if is_held and not is_dynamo_compiling() else None
+        ctx.held = weight if is_held and not is_dynamo_compiling() and not layer.is_managed else None
         # A compiled graph has no second derivatives.
         return (y, kept) if kept is not None and layer.dim == 1 and not is_dynamo_compiling() else y
 

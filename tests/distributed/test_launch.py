@@ -120,7 +120,8 @@ def test_example_selects_by_data_evaluates_stops_and_resumes(job, name, tmp_path
     """What only some devices can compute, since only they have the weights, reaches all of them."""
     arguments = [
         *job[0],
-        *"--selection activation --seed 3 --test-split-size 5 --eval-strategy steps --eval-steps 2".split(),
+        *"--selection activation --seed 3 --eval-strategy steps --eval-steps 2".split(),
+        *("--eval-data", str(write_jsonl(tmp_path / "held-out.jsonl", sums(5)))),  # not as many on each device
         *"--early-stopping-patience 9 --load-best-model-at-end".split(),
     ]
     assert main([*arguments, "--output", str(tmp_path / "alone")]) == 0
