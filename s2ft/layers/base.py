@@ -41,9 +41,8 @@ from s2ft.ops.in_place import WRITING, check_distinct, check_private, is_being_c
 # ---- when weights get base + s2 -------------------------------------------------------------------------------------
 
 _holding: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # layers by the address of their s2's storage
-_writers: "WeakSet[Any]" = (
-    WeakSet()
-)  # layers that have written base + s2; under ZeRO-3 several share an address in turn
+# Layers that have written base + s2. The table above may lack one: under ZeRO-3 several have one address in turn.
+_writers: "WeakSet[Any]" = WeakSet()
 
 
 def write_all(layers: Sequence[Any]) -> None:

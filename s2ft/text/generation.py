@@ -420,9 +420,8 @@ class TextStream:
     def __init__(self, tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._window, self._held = list(before), ""  # tokens, of which `push` leaves the last; text that is held back
-        self._sent = len(
-            self._decode(self._window).rstrip(BROKEN)
-        )  # characters of the window's text that were passed on
+        # characters of the window's text that were passed on
+        self._sent = len(self._decode(self._window).rstrip(BROKEN))
         self._open = 0  # tokens since the text was whole characters
         self.stopped = False
 
@@ -533,10 +532,8 @@ class Sampler:
         Returns:
             The token id.
         """
-        scores, seen = (
-            logits.detach().cpu().double()[None],
-            torch.tensor([[] if self.plain else [*prompt, *tokens]], dtype=torch.int64),
-        )
+        scores = logits.detach().cpu().double()[None]
+        seen = torch.tensor([[] if self.plain else [*prompt, *tokens]], dtype=torch.int64)  # which only a penalty reads
         for change in self._changes:
             scores = change(seen, scores)
         if self.greedy:

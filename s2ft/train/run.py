@@ -172,8 +172,9 @@ class Run:
         found |= {f"model.{one.name}": getattr(self.model, one.name) for one in fields(self.model)[1:]}
         found |= {f"adapter.{key}": entry for key, entry in self.config.to_dict().items()}
         for options in (self.data, self.options, self.forgetting):
-            names = (one.name for one in fields(options) if _belongs(one.name, best))
-            found |= {name: _plain(getattr(options, name)) for name in names}
+            found |= {
+                one.name: _plain(getattr(options, one.name)) for one in fields(options) if _belongs(one.name, best)
+            }
         for one in fields(arguments):
             if one.init and _belongs(one.name, best) and given.get(one.name, one.default) != one.default:
                 value = _plain(given[one.name])

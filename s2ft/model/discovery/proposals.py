@@ -395,7 +395,7 @@ def _head_counts(structure: LayerMap, root: str, around: str, width: int) -> Ite
             yield from found
             return
     divisors = [size for size in range(1, width) if width % size == 0]
-    widest = max(structure.inputs.values())  # a small twin's readings have other names: it says nothing of the model's
+    widest = max(structure.inputs.values())  # with it in the name, a small twin's reading isn't taken for the model's
     yield from ((f"divisor {i} below width {widest}", width // size) for i, size in enumerate(divisors))
 
 
