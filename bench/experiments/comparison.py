@@ -158,7 +158,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
     hollow = hollow_model(settings["model"] or default_model())
     for name, row in experiment["rows"].items():
         check_names(f"row {name}, method", [row.get("method")], TUNERS)
-        options = {key: value for key, value in row.get("options", {}).items() if value not in CANDIDATES}
+        options = {key: value for key, value in row.get("options", {}).items() if str(value) not in CANDIDATES}
         try:
             trained_parameters(hollow, row["method"], options)
         except (ValueError, TypeError) as error:
