@@ -169,7 +169,10 @@ def run(name: str, suite: Suite) -> dict[str, Any]:
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     report, log = OUTPUTS / f"{name}.xml", OUTPUTS / f"{name}.log"
     report.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTEST_ADDOPTS": f"--junitxml={report}"}
+    extensions = OUTPUTS / "extensions" / name
+    for lock in extensions.rglob("lock"):  # left by a stopped suite: PyTorch would wait for it without end
+        lock.unlink()
+    environment = {**os.environ, "PYTEST_ADDOPTS": f"--junitxml={report}", "TORCH_EXTENSIONS_DIR": str(extensions)}
     start, at = time.time(), commit()
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -183,16 +186,16 @@ def run(name: str, suite: Suite) -> dict[str, Any]:
             start_new_session=True,
         )
         RUNNING.add(process.pid)
+        stopped = ""
         try:
             code = process.wait(60 * suite.minutes)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+            code, stopped = process.wait(), f"stopped after {suite.minutes} minutes"
         RUNNING.discard(process.pid)
     written = log.read_text(errors="replace").replace(str(VENV), ".venv").replace(f"{ROOT}/", "")  # no machine's paths
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     found = read_report(report) if report.exists() else {"passed": int(code == 0), "failed": int(code != 0)}
-    stopped = f"stopped after {suite.minutes} minutes" if code == -signal.SIGKILL else ""
     return {
         **found,
         "status": code,
