@@ -367,7 +367,7 @@ COMMANDS = [
     (command("merge --adapter {adapter} --model {model} --output {out}.gguf"), "export --format gguf"),
     (command("merge --adapter {adapter} --model {model} --output {out}.gguf --dtype float16"), "--dtype types"),
     (command("patch {model} {adapter}"), ".gguf export"),
-    (command("patch {model} {adapter} --undo"), "--undo ADAPTER"),
+    (command("patch --undo {model} {adapter}"), "--undo ADAPTER"),
     (command("combine {adapter} {foreign} --output {out}"), "bases"),
     (command("chat --model {model} --adapter {adapter} {adapter}"), "adapter both NAME="),
     (command("chat --model {model} --adapter base={adapter}"), "'base' NAME="),

@@ -353,7 +353,7 @@ class Proof:
         try:
             with ExitStack() as stack:
                 for path in self.places if hook else ():
-                    at_place = partial(_call_with_first, partial(cast(Callable, hook), path), count())
+                    at_place = partial(_call_with_output, partial(cast(Callable, hook), path), count())
                     stack.callback(model.get_submodule(path).register_forward_hook(at_place).remove)
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 for context in (seeded(model, seed), torch.inference_mode(False), gathered_forwards(model)):
@@ -429,12 +429,11 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _call_with_first(
+def _call_with_output(
     hook: Callable[[int, Tensor], Tensor | None], calls: Iterator[int], module: nn.Module, inputs: Any, output: Any
 ) -> Tensor | None:
-    """Forward hook: call a function with the number of the call and the first tensor of the output."""
-    first = next(tensors_in(output), None) if isinstance(output, Tensor) else None
-    return None if first is None else hook(next(calls), first)
+    """Forward hook: call a function with the number of the call and the output, if it is a tensor."""
+    return hook(next(calls), output) if isinstance(output, Tensor) else None
 
 
 def _examples(model: nn.Module, couplings: list[Coupling]) -> Iterator[Any]:

@@ -204,7 +204,14 @@ class OptionParser(argparse.ArgumentParser):
             plain = name.replace("_", "-")
             if spelled.setdefault(action.dest, plain) != plain and action.nargs != 0:
                 self.error(f"{spelled[action.dest]} and {plain} are the same option: give one of them")
-        found, unknown = self.parse_known_args(arguments)
+        # argparse would take any word after a switch for its value: `--undo FILE`.
+        switches = [getattr(self._option_string_actions.get(word), "const", None) is True for word in arguments]
+        found, unknown = self.parse_known_args(
+            [
+                f"{word}=true" if is_switch and after.lower() not in TRUE + FALSE else word
+                for word, is_switch, after in zip(arguments, switches, [*arguments[1:], ""])
+            ]
+        )
         if unknown:
             is_option = unknown[0].startswith("-")
             self.error(self.unknown(unknown[0]) if is_option else f"unexpected argument {unknown[0]!r}")

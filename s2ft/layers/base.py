@@ -752,8 +752,7 @@ def beside(index: Tensor, weight: Tensor) -> Tensor:
 
 def untouched_zeros(shape: list[int], dtype: torch.dtype) -> Tensor:
     """Make zeros on the CPU that take no memory until they are written."""
-    count = torch.Size(shape).numel() * dtype.itemsize
-    return torch.from_numpy(numpy.zeros(count, dtype=numpy.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(numpy.zeros([*shape, dtype.itemsize], dtype=numpy.uint8)).view(dtype).view(shape)
 
 
 def as_slices(matrix: Tensor, base: Tensor, delta: Tensor, units: int | Tensor, dim: int) -> list[Slice]:

@@ -5,6 +5,7 @@ import inspect
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -78,7 +79,11 @@ def generate(
 
     with generation_mode(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True, disable=None) as bar:
         answers = answer_ids(model, tokenizer, prompts, batch_size, max_new_tokens, num_beams, bar.update)
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    ends = end_ids(tokenizer, model.generation_config)  # of which a tokenizer need not call all special
+    return [
+        tokenizer.decode(list(takewhile(lambda token: token not in ends, answer)), skip_special_tokens=True).strip()
+        for answer in answers
+    ]
 
 
 def answer_ids(

@@ -7,8 +7,7 @@ from train.tiny import UNTIED, tiny_model, tiny_tokenizer
 
 
 def chat_of(new=12, system=None, info=None, seed=None, temperature=0.0, **changes):
-    prompter = Prompter(tiny_tokenizer(), info)
-    model = tiny_model(**{**UNTIED, **changes})
+    model, prompter = tiny_model(**{**UNTIED, **changes}), Prompter(tiny_tokenizer(), info)
     return Chat(model, prompter, lambda seed: Sampler(temperature, seed=seed), new, system, seed)
 
 
@@ -42,8 +41,7 @@ def test_a_later_turn_runs_only_what_is_new():
 
 def test_the_oldest_turns_are_dropped_when_the_context_is_full():
     chat, dropped = chat_of(max_position_embeddings=192), []
-    for number in range(8):
-        text = f"question {number}"
+    for text in map("question {}".format, range(8)):
         ask(chat, text)
         dropped.append(chat.dropped)
         kept = [*chat.messages[dropped[-1] : -2], {"role": "user", "content": text}]

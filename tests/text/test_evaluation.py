@@ -48,8 +48,13 @@ def test_batches_equal_single_prompts_in_order(model, pads):
 def test_generation_equals_that_of_the_trained_model(model):
     tokenizer = tiny_tokenizer()
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
-    expected = tokenizer.decode(greedy(model, prompt, 6), skip_special_tokens=True).strip()
-    assert generate(model, tokenizer, [prompt], 1, 6) == [expected]
+    tokens = greedy(model, prompt, 6)
+    whole, cut = (
+        tokenizer.decode(some, skip_special_tokens=True).strip() for some in (tokens, tokens[: tokens.index(tokens[3])])
+    )
+    assert generate(model, tokenizer, [prompt], 1, 6) == [whole]
+    model.generation_config.eos_token_id = tokens[3]  # an end token that the tokenizer does not call special
+    assert generate(model, tokenizer, [prompt], 1, 6) == [cut]
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
