@@ -147,10 +147,10 @@ class OptionParser(argparse.ArgumentParser):
                 self._add(name, one, kind)
         needed = [self.options[name] for name, default in self.defaults.items() if default is MISSING]
         self.required = required or [(one.dest,) for one in needed if one.option_strings]
-        places_first = [one for one in self.options.values() if not one.option_strings]
+        self.positional = [one for one in self.options.values() if not one.option_strings]
         words = [
             f"[{one.metavar}]" if one.nargs == "?" else one.metavar + " ..." * (one.nargs == "+")
-            for one in places_first
+            for one in self.positional
         ]
         words += [f"{self.short_name(names[0])} {self.options[names[0]].metavar}" for names in self.required]
         words = ["[--config FILE]"] * (rest is not None) + words
@@ -204,12 +204,14 @@ class OptionParser(argparse.ArgumentParser):
             plain = name.replace("_", "-")
             if spelled.setdefault(action.dest, plain) != plain and action.nargs != 0:
                 self.error(f"{spelled[action.dest]} and {plain} are the same option: give one of them")
-        # argparse would take any word after a switch for its value: `--undo FILE`.
-        switches = [getattr(self._option_string_actions.get(word), "const", None) is True for word in arguments]
+        # argparse would take FILE for the value of a switch before it: `--undo FILE`.
+        actions = self._option_string_actions if self.positional else {}
         found, unknown = self.parse_known_args(
             [
-                f"{word}=true" if is_switch and after.lower() not in TRUE + FALSE else word
-                for word, is_switch, after in zip(arguments, switches, [*arguments[1:], ""])
+                f"{word}=true"
+                if word in actions and actions[word].const is True and after.lower() not in TRUE + FALSE
+                else word
+                for word, after in zip(arguments, [*arguments[1:], ""])
             ]
         )
         if unknown:
