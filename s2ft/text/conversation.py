@@ -86,13 +86,13 @@ class Chat:
 
     def use(self, prompter: Prompter) -> None:
         """Go on with the prompts of another adapter, after the model has been switched to it."""
-        self.prompter, self.dropped = prompter, 0
+        self.prompter = prompter
         self._batch.clear()
 
     def undo(self) -> bool:
         """Forget the last message of the user and the answer to it. Returns whether there was one."""
         last = max((place for place, one in enumerate(self.messages) if one["role"] == "user"), default=None)
-        self.messages, self.dropped = self.messages if last is None else self.messages[:last], 0
+        self.messages = self.messages if last is None else self.messages[:last]
         return last is not None
 
     def transcript(self) -> list[dict[str, str]]:
@@ -134,10 +134,10 @@ class Chat:
     def _prompt(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], int, int]:
         """Return the prompt's tokens, how many of the oldest messages it leaves out, and the longest answer."""
         context = context_length(self.model)
+        ids = self.prompter.encode(messages, self.system)
         room = context - min(self.max_new_tokens, max(1, context // SHARE))
-        asked = (place for place, message in enumerate(messages) if message["role"] == "user")
-        for start in filter(lambda place: place >= self.dropped, asked):  # with more of them it did not fit before
-            ids = self.prompter.encode(messages[start:], self.system)
+        for start in (place for place, message in enumerate(messages) if message["role"] == "user"):
+            ids = self.prompter.encode(messages[start:], self.system) if start else ids
             if len(ids) <= room:
                 return ids, start, min(self.max_new_tokens, context - len(ids))
         raise ValueError(
