@@ -75,7 +75,7 @@ def run(options: list[str]) -> str:
 
 def stored_bytes(file: Path) -> list[int]:
     """Sizes of the tensors of a safetensors file."""
-    from s2ft.files.streaming import stored_tensors
+    from s2ft.files.reading import stored_tensors
 
     return [stored.bytes for stored in stored_tensors(file).values()]
 

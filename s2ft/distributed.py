@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -697,6 +698,82 @@ def elements_of(tensor: Tensor, positions: Tensor) -> Tensor:
     values, inside = shard.tensor.new_zeros(positions.numel()), inside.to(shard.tensor.device)
     values[inside] = shard.tensor[tuple(place.to(shard.tensor.device)[inside] for place in local)]
     return sum_over_shards(values, tensor)
+
+
+# ---- how tensor parallelism splits a weight -------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """A weight [outputs, inputs] or bias [outputs] that is split over the ranks of a tensor-parallel group.
+
+    Attributes:
+        mesh: Device mesh of the group, with one dimension.
+        dim: Dimension of the weight that is split.
+        elements: The elements along it that each rank has, in the order of its part, a tensor [n] int64 for each rank.
+    """
+
+    mesh: Any
+    dim: int
+    elements: list[Tensor]
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return self.mesh.get_local_rank()
+
+    @property
+    def own_elements(self) -> Tensor:
+        """The elements that this rank has."""
+        return self.elements[self.rank]
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """The rank that has each element, [extent] int64."""
+        owners = torch.empty(sum(part.numel() for part in self.elements), dtype=torch.int64, device="cpu")
+        for rank, part in enumerate(self.elements):
+            owners[part] = rank
+        return owners
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the ranks of the group. Each of them must call this."""
+        total = tensor.to(self.mesh.device_type, copy=True)
+        dist.all_reduce(total, group=self.mesh.get_group())
+        return total
+
+    def local_places(self, elements: Tensor) -> tuple[Tensor, Tensor]:
+        """Find elements in this rank's part.
+
+        Args:
+            elements: Elements of the whole dimension, [n] int64.
+
+        Returns:
+            Which of them the rank has, as positions in `elements` [m] int64, and their places in its part [m] int64.
+        """
+        places = torch.full_like(self.owners, -1)
+        places[self.own_elements] = torch.arange(self.own_elements.numel(), device="cpu")
+        places = places[elements]
+        return (places >= 0).nonzero().squeeze(1), places[places >= 0]
+
+
+def split_of(tensor: Tensor) -> Split | None:
+    """Describe how tensor parallelism has split a DTensor.
+
+    FSDP2 puts its own dimensions of a mesh first, so the last dimension of the mesh is that of tensor parallelism.
+
+    Args:
+        tensor: A weight or bias of a layer that tensor parallelism runs.
+
+    Returns:
+        The split; None for a plain tensor, and for one that every rank of the group has in full.
+    """
+    if not is_dtensor(tensor) or tensor.placements[-1].is_replicate():
+        return None
+    mesh, placement = tensor.device_mesh, tensor.placements[-1]
+    if mesh.ndim > 1:
+        mesh = mesh[mesh.mesh_dim_names[-1]]
+    dim = placement.dim % tensor.dim()
+    return Split(mesh, dim, cut_by(placement, torch.arange(tensor.shape[dim], device="cpu"), mesh.size()))
 
 
 # ---- FSDP2 that was applied before an adapter was attached ----------------------------------------------------------

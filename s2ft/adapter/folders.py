@@ -1,6 +1,5 @@
-"""The folders that hold adapters, on this machine and on the Hugging Face hub."""
+"""Folders with many adapters, which are served, and the model card of an adapter."""
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,33 +7,11 @@ from typing import Any
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import check_adapter_name, refuse
-from s2ft.files.plain_text import by_key, first_line, replace_file
-from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, has_adapter, own_folder
+from s2ft.files.plain_text import replace_file
+from s2ft.files.reading import ADAPTER, CONFIG, REPOSITORY, TENSORS, has_adapter, is_run, own_folder
+from s2ft.model.coupling import by_key
 
-OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
 STATE = "trainer_state.json"  # in every checkpoint of a Trainer, which writes it last
-
-
-def adapter_folder(folder: Path) -> Path:
-    """Return the folder of an adapter's files: `folder`, or `folder/adapter` for the output folder of a run.
-
-    Args:
-        folder: An adapter's folder, a checkpoint, or the output folder of a run.
-
-    Raises:
-        FileNotFoundError: The folder does not exist, or the run has not saved its adapter yet. The message says what
-            to give instead.
-    """
-    if has_adapter(own_folder(folder)):
-        return own_folder(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"adapter {folder} doesn't exist")
-    if is_run(folder):
-        raise FileNotFoundError(
-            f"{folder} is the output of a run that has saved no adapter yet: finish the run with --resume, or name one "
-            "of its checkpoints"
-        )
-    return folder  # the reader raises the error that names the missing file
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:
@@ -49,11 +26,6 @@ def adapters_in(directory: Path) -> dict[str, Path]:
         for entry in sorted(directory.iterdir())
         if has_adapter(own_folder(entry)) and not (own_folder(entry) / STATE).is_file()
     }
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder is the output of a run, which may have saved no adapter yet."""
-    return any((folder / name).is_file() for name in (OPTIONS, RUN))
 
 
 # ---- sources: what is served -------------------------------------------------------------------------------
@@ -181,8 +153,9 @@ def grouped(reasons: dict[str, str]) -> list[str]:
         >>> s2ft.adapter.folders.grouped({"a": "it is empty", "b": "it is empty"})
         ['a, b: it is empty']
     """
-    by_reason = by_key((reason, name) for name, reason in reasons.items())
-    return [f"{some(names)}: {reason}" for reason, names in by_reason.items()]
+    return [
+        f"{some(names)}: {reason}" for reason, names in by_key((why, name) for name, why in reasons.items()).items()
+    ]
 
 
 def some(names: Sequence[str], shown: int = 5) -> str:
@@ -191,45 +164,10 @@ def some(names: Sequence[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-# ---- the Hugging Face hub -------------------------------------------------------------------------------------------
+# ---- the model card ------------------------------------------------------------------------------------
 
 CARD = "README.md"
 UNKNOWN = "path/to/the/base"  # in a card of a base that is not on the hub
-WORD = r"[A-Za-z0-9][\w.\-]*"
-REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)  # org/name, org/name@revision
-
-
-def resolve(directory_or_repo, **options) -> Path:
-    """Return the folder of an adapter. The files of a repository are downloaded, unless they are in the cache.
-
-    Args:
-        directory_or_repo: A folder of an adapter, the output folder of a run, or a repository on the hub, as
-            "org/name" or "org/name@revision". A folder that exists takes precedence over a repository.
-        options: Arguments of huggingface_hub's snapshot_download, for example token, cache_dir or local_files_only.
-
-    Returns:
-        The folder. If it does not exist, the reader of the folder raises the error.
-
-    Raises:
-        FileNotFoundError: There is neither a folder nor a repository, or the run has not saved an adapter.
-    """
-    path = Path(directory_or_repo).expanduser()
-    if path.exists() or not isinstance(directory_or_repo, str) or not REPOSITORY.fullmatch(directory_or_repo):
-        return adapter_folder(path)
-    from huggingface_hub import snapshot_download  # imported here, because `import s2ft.adapter` is faster so
-
-    repo_id, _, revision = directory_or_repo.partition("@")
-    try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[CONFIG, TENSORS], **options))
-    except (OSError, ValueError) as error:  # the hub's errors are OSErrors: no such repository, no network
-        raise FileNotFoundError(
-            f"adapter {directory_or_repo} doesn't exist as a folder, and the hub gives no adapter of this name: "
-            f"{first_line(error)}"
-        ) from error
-
-
-# ---- the model card ------------------------------------------------------------------------------------
-
 TRAINING = ("method", "max_steps", "epochs", "batch_size", "learning_rate", "seed")  # of the recorded training
 
 

@@ -22,21 +22,31 @@ from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import (
     CONFIG,
+    FLOATS,
+    INTEGERS,
     KIND,
     MAX_CONFIG,
+    NAMES,
     PENDING,
     TENSORS,
+    Entries,
     check_finite,
-    check_parameter,
-    check_projection,
     open_file,
     parse_json,
     read_bytes,
     read_folder,
+    read_some_tensors,
+    read_tensors,
     shortened,
 )
-from s2ft.files.streaming import FLOATS, INTEGERS, NAMES, Entries, read_some_tensors, read_tensors
-from s2ft.model.coupling import Coupling, checked_couplings, projections_of
+from s2ft.model.coupling import (
+    Coupling,
+    check_parameter,
+    check_projection,
+    checked_couplings,
+    digest_of,
+    projections_of,
+)
 from s2ft.model.fingerprint import Location, Structure
 from s2ft.model.weights import Delta
 from s2ft.selection import Selection
@@ -191,13 +201,13 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
         raise ValueError(f"{tensors_path} is damaged, or was saved with another {CONFIG}: its sha256 differs")
     for name in extra_weights:
         check_finite(name, tensors[EXTRA + name])
-    selection = Selection({name: torch.tensor(entry["units"], device="cpu") for name, entry in projections.items()})
-    if selection.digest != header.get("selection_digest"):
+    units = {name: entry["units"] for name, entry in projections.items()}
+    if digest_of(units) != header.get("selection_digest"):
         raise ValueError(f"{path}: the units listed are not the ones that were saved")
     adapter = Adapter(
         header["name"],
         _config(header, path),
-        selection,
+        Selection({name: torch.tensor(numbers, device="cpu") for name, numbers in units.items()}),
         _fingerprint(header, path),
         deltas,
         _field(header, "info", dict, path),
@@ -217,7 +227,7 @@ def _read_header(content: bytes, path: Path) -> dict[str, Any]:
         (type(schema) is not int or schema < 1, f"{path} is not an S²FT adapter config: it has no schema number"),
         (
             schema != SCHEMA,
-            f"{path} has schema {shortened(schema)}, and this version of s2ft reads schema {SCHEMA}: use the version "
+            f"{path} has schema {schema!r:.60}, and this version of s2ft reads schema {SCHEMA}: use the version "
             "that saved it, or train and save the adapter again",
         ),
     )

@@ -41,9 +41,8 @@ from s2ft.distributed import (
     reshard_all,
     write_units,
 )
-from s2ft.files.reading import check_parameter
 from s2ft.layers.base import own_memory, write_all
-from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.coupling import Coupling, Projection, check_parameter, projections_of
 from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
 from s2ft.ops.in_place import WRITING, check_private

@@ -25,10 +25,9 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapters_in
 from s2ft.attached.record import Record, check_fits, find_record, new_record, unwrapped
 from s2ft.config import check_adapter_name, refuse
-from s2ft.files.plain_text import by_key
 from s2ft.files.reading import CONFIG, TENSORS, has_adapter, own_folder
 from s2ft.layers import kind_of
-from s2ft.model.coupling import Projection
+from s2ft.model.coupling import Projection, by_key
 from s2ft.model.parts import tower_of, trained_towers
 from s2ft.model.weights import Delta, find
 from s2ft.ops import multi_adapter_linear

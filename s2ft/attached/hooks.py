@@ -87,11 +87,11 @@ from s2ft.distributed import (
     reshard_all,
     wait_for_ranks,
 )
-from s2ft.files.plain_text import by_key, replace_file
+from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import json_entry
 from s2ft.layers import S2Layer, act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.checkpoint import INDEX, WEIGHTS
-from s2ft.model.coupling import Coupling
+from s2ft.model.coupling import Coupling, by_key
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.weights import Delta, Move, any_on_meta, restoring_moves, tensors_of, weight_at
 from s2ft.ops import act_mul, swap_

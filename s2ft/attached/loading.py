@@ -11,7 +11,6 @@ from torch import nn
 
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weighted_sum
-from s2ft.adapter.folders import resolve
 from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.attached.active import (
     all_or_nothing,
@@ -45,7 +44,7 @@ from s2ft.attached.report import status
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import refuse
 from s2ft.distributed import check_not_in_engine
-from s2ft.files.reading import has_adapter
+from s2ft.files.reading import has_adapter, resolve
 from s2ft.model.fingerprint import structure_of
 from s2ft.model.weights import check_own_memory, weight_at
 

@@ -62,14 +62,13 @@ from s2ft.distributed import (
     is_dtensor,
     managed_by_fsdp,
     reshard_all,
+    split_of,
     will_be_loaded_again,
 )
-from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.layers.base import FileRounding
-from s2ft.layers.kind import split_of
 from s2ft.model.checkpoint import is_here, packed_base
-from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.coupling import Coupling, Projection, by_key, projections_of
 from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.weights import (
     Move,

@@ -440,7 +440,7 @@ def new_record(
             "quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
     base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    if is_patched(base):  # in another dtype than float32 a fingerprint may not tell
+    if base.endswith(".gguf") and is_patched(base):  # in another dtype than float32 a fingerprint may not tell
         raise ValueError(f"{base} has an adapter in place: s2ft patch {base} --undo first")
     check_unattached(model)
     check_parallelism(model)
@@ -505,7 +505,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Record) -> None:
         adapter.check_base(record.fingerprint)
     check_extra_fits(model, record, adapter.name, adapter.extra_weights)
     for path, delta in adapter.deltas.items():
-        projection, units = known[path], adapter.selection[path]
+        projection, units = known[path], adapter.selection.units[path]
         last = int(units.max())
         refuse(
             (

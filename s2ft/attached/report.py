@@ -12,8 +12,8 @@ from s2ft.attached.active import extra_parameters, parameters_to_save
 from s2ft.attached.record import Record, coupled_names, find_record, on_unwrapped, record_of
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
-from s2ft.files.plain_text import by_key, table
-from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.files.plain_text import table
+from s2ft.model.coupling import Coupling, Projection, by_key, projections_of, unit_name
 from s2ft.model.discovery import STATUSES
 from s2ft.model.parts import outermost, tower_of
 from s2ft.model.weights import count_parameters, weight_at

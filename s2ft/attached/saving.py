@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
-from s2ft.adapter.folders import CARD, adapter_folder, card_of
+from s2ft.adapter.folders import CARD, card_of
 from s2ft.attached.active import extra_parameters, extra_values, mounted_deltas
 from s2ft.attached.record import Record, check_known, on_unwrapped, record_of, unwrapped
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
 from s2ft.files.plain_text import sha256_of
-from s2ft.files.reading import is_patched
+from s2ft.files.reading import adapter_folder, is_patched
 from s2ft.selection import Selection
 
 

@@ -37,9 +37,9 @@ def describe(name: str | Path) -> str:
         FileNotFoundError: There is no such folder or name, or the folder has no adapter.
         ValueError: The adapter is damaged, or it is one of PEFT.
     """
-    from s2ft.adapter.folders import resolve
     from s2ft.adapter.formats import ADAPTER_FORMATS
     from s2ft.attached.loading import read_adapter
+    from s2ft.files.reading import resolve
 
     folder = resolve(name)
     if (folder / "adapter_config.json").is_file() and not ADAPTER_FORMATS["peft"].module.matches(folder):

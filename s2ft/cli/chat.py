@@ -228,7 +228,7 @@ class Talk:
 
     def __init__(self, job: ChatArguments, sampling: SamplingArguments) -> None:
         import s2ft
-        from s2ft.adapter.folders import resolve
+        from s2ft.files.reading import resolve
         from s2ft.text.adapter_prompts import base_name
         from s2ft.text.conversation import Chat
         from s2ft.train.device import gpu_or_cpu

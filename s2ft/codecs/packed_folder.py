@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s2ft.codecs.codec import Blocks, Codec
 from s2ft.codecs.compressed import Nf4, Packed, codec_of
-from s2ft.files.streaming import StoredTensor
+from s2ft.files.reading import StoredTensor
 from s2ft.packages import check_packages
 
 COMPRESSED = "compressed-tensors"

@@ -31,16 +31,15 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 import s2ft
-from s2ft.adapter.folders import resolve
 from s2ft.attached.record import Record, check_fits, new_record
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.conversion import ollama
 from s2ft.export.streamed import temporary_folder, temporary_place
-from s2ft.files.plain_text import by_key, check_output, replace_file, sha256_of
-from s2ft.files.reading import MAX_TENSORS, PATCHED, check_finite, read_bytes, read_json
-from s2ft.files.streaming import PIECE, as_bytes
+from s2ft.files.plain_text import check_output, replace_file, sha256_of
+from s2ft.files.reading import MAX_TENSORS, PATCHED, PIECE, as_bytes, check_finite, read_bytes, read_json, resolve
 from s2ft.model.checkpoint import packed_base
+from s2ft.model.coupling import by_key
 from s2ft.model.fingerprint import TOLERANCE, covered, sampled
 from s2ft.model.weights import Delta
 from s2ft.text.adapter_prompts import give_prompt, recorded_format, standalone_template

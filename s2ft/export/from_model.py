@@ -37,8 +37,9 @@ from s2ft.export.streamed import (
     write_config,
     write_weights,
 )
-from s2ft.files.plain_text import by_key, check_output
+from s2ft.files.plain_text import check_output
 from s2ft.model.checkpoint import StoredWeights, is_of_transformers, open_checkpoint, read_from, saving_groups
+from s2ft.model.coupling import by_key
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.weights import moving_tensors, restoring_moves
 

@@ -23,10 +23,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from s2ft.files.plain_text import by_key, check_output
-from s2ft.files.streaming import StoredTensor, checksum, lay_out
+from s2ft.files.plain_text import check_output
+from s2ft.files.reading import StoredTensor, checksum, lay_out
 from s2ft.model.checkpoint import INDEX, CannotStream, Group, StoredWeights, open_checkpoint, saving_groups, tied_names
-from s2ft.model.coupling import Projection
+from s2ft.model.coupling import Projection, by_key
 from s2ft.model.weights import Delta, WeightHandle, weight_at
 from s2ft.ops import scatter_add_
 

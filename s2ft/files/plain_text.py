@@ -1,4 +1,4 @@
-"""Plain text: values by a key, tables, YAML, names, files replaced in one step. Nothing here imports PyTorch."""
+"""Plain text: tables, YAML, names, files replaced in one step. Nothing here imports PyTorch."""
 
 import hashlib
 import os
@@ -6,24 +6,7 @@ import re
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-def by_key(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
-    """Collect the values of pairs by their keys, in the order in which they come.
-
-    Example:
-        >>> from s2ft.files.plain_text import by_key
-        >>> by_key([("q", 1), ("k", 2), ("q", 3)])
-        {'q': [1, 3], 'k': [2]}
-    """
-    found: dict[Key, list[Value]] = {}
-    for key, value in pairs:
-        found.setdefault(key, []).append(value)
-    return found
+from typing import Any
 
 
 def table(lines: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:

@@ -15,9 +15,9 @@ from s2ft.layers.experts import (
     act_mul_of,
     forward_of,
 )
-from s2ft.layers.kind import KINDS, OTHER, Kind, Split, kind_of, split_of
-from s2ft.layers.linear import CONV1D, LINEAR, SPLIT_LINEAR, S2ColumnLinear, S2RowLinear, S2SplitLinear, is_intercepted
+from s2ft.layers.linear import CONV1D, KINDS, LINEAR, OTHER, Kind, S2ColumnLinear, S2RowLinear, is_intercepted, kind_of
 from s2ft.layers.quantized import NO_FUSE, QUANTIZED, PackedLinear
+from s2ft.layers.split_linear import SPLIT_LINEAR, S2SplitLinear
 
 __all__ = [
     "EXPERTS",
@@ -39,14 +39,12 @@ __all__ = [
     "S2RowOwnForward",
     "S2SplitLinear",
     "SPLIT_LINEAR",
-    "Split",
     "TRANSPOSED_EXPERTS",
     "act_mul_of",
     "forward_of",
     "is_intercepted",
     "kind_of",
-    "split_of",
 ]
 
 # The first kind that matches is used. Layers of derived classes are of the last kinds.
-KINDS[:] = (SPLIT_LINEAR, LINEAR, CONV1D, *QUANTIZED, CONVOLUTION, EXPERTS, *DERIVED)
+KINDS[:] = (LINEAR, SPLIT_LINEAR, CONV1D, *QUANTIZED, CONVOLUTION, EXPERTS, *DERIVED)

@@ -33,7 +33,6 @@ from s2ft.distributed import (
     reads_weights,
     release_gathered,
 )
-from s2ft.layers.kind import TrainableLayer
 from s2ft.ops import Slice, effective_units, write_slices_
 from s2ft.ops._library import LIBRARY
 from s2ft.ops.in_place import WRITING, check_distinct, check_private, is_being_captured, write_slice
@@ -147,7 +146,7 @@ torch.fx.node.has_side_effect(torch.ops.s2ft.check_held.default)
 UNITS = ("index", "first")  # buffers that say which units are selected
 
 
-class S2Layer(TrainableLayer):
+class S2Layer(nn.Module):
     """A layer with a frozen weight and a trainable slice of it (S²FT paper, section 3.2).
 
     A unit of a layer is one row or column of its weight: a head, which is a unit of a coupling, has several.
@@ -165,10 +164,14 @@ class S2Layer(TrainableLayer):
             those that this process has, in a list. None while s2 is not in the weight.
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
+        kinds: The kind of the plain layer, and that of one whose weight is stored as [inputs, outputs].
+        transposed: Whether the weight is stored so.
         rounding: What the base's file can hold of the selected units; None: all of base + s2.
     """
 
     dim: ClassVar[int]
+    kinds: ClassVar[tuple[Any, ...]]
+    transposed = False
     weight: Tensor
     bias: Tensor | None
     index: Tensor | None
@@ -183,6 +186,11 @@ class S2Layer(TrainableLayer):
     is_on_trial = False  # whether the weight requires a gradient to find code that reads it past this layer
     awaits_order = False  # whether the units of the weight must be reordered before this layer may run
     first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
+
+    @property
+    def kind(self) -> Any:
+        """What S²FT knows about the plain layer, see :class:`s2ft.layers.Kind`."""
+        return self.kinds[self.transposed]
 
     @classmethod
     def from_module(

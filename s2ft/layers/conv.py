@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
-from s2ft.layers.kind import Kind, product
+from s2ft.layers.linear import Kind, product
 from s2ft.ops._library import autocast_input, own_output
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from s2ft.layers.base import S2Layer
-from s2ft.layers.kind import Kind
-from s2ft.layers.linear import CONV1D, LinearKind, is_conv1d
+from s2ft.layers.linear import CONV1D, Kind, LinearKind, is_conv1d
 from s2ft.ops._library import transforms_active
 from s2ft.ops.sliced import DTYPES
 

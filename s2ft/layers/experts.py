@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import Shard, full_shape
 from s2ft.layers.base import S2Layer, beside
-from s2ft.layers.kind import Kind, product
-from s2ft.layers.linear import is_intercepted
+from s2ft.layers.linear import Kind, is_intercepted, product
 from s2ft.ops import Slice, act_mul
 from s2ft.ops._grouped import columns_to_keep, delta_gradient, grouped_mm
 from s2ft.ops._library import without_autocast

@@ -1,28 +1,322 @@
-"""Linear layers that train a few outputs or inputs of a frozen weight, also where it is split over ranks.
+"""What S²FT has to know about a kind of layer, the product that all trainable layers run, and linear layers.
 
-Where tensor parallelism splits the layer, the weight stays the DTensor that the split made. `s2` is a plain parameter
-with all selected units, the same on every rank of the tensor-parallel group. A rank adds the part of `s2` that belongs
-to its block to its part of the weight, and the backward sums the gradients of `s2` over the group. So every rank has
-the whole gradient, and optimizers, clipping, checkpoints and adapters need not know of the split.
-
-The ranks exchange inputs and outputs as they did before: transformers' style is installed around the trainable layer,
-and the hooks of torch's `parallelize_module` stay, because both layers share them.
+The file of each kind has a subclass of :class:`Kind`, which gives the formulas of its product. The weight holds base +
+s2. Numbers are those of the merged model, bit for bit, because the same functions see the same operands. Only what the
+gradient of the slice needs is kept of x (S²FT paper, section 3.3).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from s2ft.distributed import is_dtensor, local_part
-from s2ft.layers.base import S2Layer, stamp
-from s2ft.layers.kind import Kind, Split, product, split_of
-from s2ft.ops import indexed_linear
-from s2ft.ops._library import own_output
+from s2ft.distributed import Shard, Split, full_shape, is_dtensor
+from s2ft.layers.base import S2Layer
+from s2ft.ops import effective_units, indexed_linear
+from s2ft.ops._library import autocast_input, is_dynamo_compiling, own_output, runs_directly, transforms_active
 from s2ft.ops.sliced import columns_to_keep, delta_gradient
+
+# ---- what S²FT has to know about a kind of layer --------------------------------------------------------------------
+
+
+class Kind:
+    """One kind of layer. This class itself describes a module that S²FT does not train.
+
+    In its methods `module` is a plain layer. `holder` is anything that has a weight of this kind: a plain layer, a
+    trainable layer, or the parameter with the weights of all experts.
+
+    Attributes:
+        name: Words for messages.
+        layers: The classes that train its outputs and its inputs (column, row); None if S²FT has none.
+        is_linear: Whether the output is one matrix product (and a bias), so that a second product can be added to it.
+        transposed: Whether the weight is stored as [inputs, outputs].
+        read_only: Why values can't be written into the weight, as a sentence; None if they can. Training, reordering
+            units, merging and switching on an adapter write into the weight.
+    """
+
+    name = "no layer that S²FT trains"
+    layers: tuple[type[Any], type[Any]] | None = None
+    is_linear = False
+    transposed = False
+    read_only: str | None = None
+
+    def matches(self, found: Any) -> bool:
+        """Whether a module or parameter of a plain model is of this kind.
+
+        Layers of derived classes have kinds of their own, because a trainable layer of the parent's kind would lose
+        what the class adds to the forward.
+        """
+        return False
+
+    # ---- the weight ------------------------------------------------------------------------------
+
+    def weight(self, holder: Any) -> Tensor:
+        """The parameter as it is stored."""
+        return holder.weight
+
+    def bias(self, holder: Any) -> Tensor | None:
+        """The bias [outputs], or None. It is reordered with the outputs."""
+        return getattr(holder, "bias", None)
+
+    def view(self, tensor: Tensor, expert: int | None = None) -> Tensor:
+        """View a tensor of the weight's shape, for instance its gradient, as outputs × inputs (× taps).
+
+        Args:
+            tensor: A tensor of the shape in which the weight is stored.
+            expert: Number of the expert, for weights of several experts.
+        """
+        if self.transposed:
+            return tensor.t()
+        return tensor.view(*tensor.shape[:2], -1) if tensor.dim() > 2 else tensor
+
+    def matrix(self, holder: Any, expert: int | None = None) -> Tensor:
+        """The weight as outputs × inputs (× taps), detached: a view, or for a quantized weight a dequantized copy."""
+        return self.view(self.weight(holder).detach(), expert)
+
+    def shape(self, holder: Any, expert: int | None = None) -> torch.Size:
+        """The shape of :meth:`matrix`, without reading the weight."""
+        return self.view(torch.empty(full_shape(self.weight(holder)), device="meta"), expert).shape
+
+    def shard(self, shard: Shard, expert: int | None = None) -> Shard:
+        """View this rank's part of the stored weight as outputs × inputs (× taps).
+
+        Args:
+            shard: This rank's part of the weight as it is stored.
+            expert: Number of the expert, for weights of several experts.
+        """
+        matrix, start = shard.tensor, cast("Sequence[int | Tensor]", shard.start)  # of a weight that is spread
+        if matrix.numel() or self.transposed:
+            matrix = self.view(matrix)
+        return Shard(matrix, start[1::-1] if self.transposed else start if len(start) == matrix.dim() else start[:2])
+
+    def split(self, holder: Any) -> Split | None:
+        """How tensor parallelism has split the weight over ranks; None if it has not."""
+        return None
+
+    def dtype_name(self, module: nn.Module) -> str:
+        """The weight's dtype in words, as fingerprints and messages have it."""
+        return str(self.weight(module).dtype).removeprefix("torch.")
+
+    def delta_dtype(self, module: Any) -> torch.dtype:
+        """The dtype of a delta that is trained at the weight's own precision."""
+        return module.weight.dtype
+
+    # ---- running ---------------------------------------------------------------------------------
+
+    def with_delta(self, weight: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        """Copy a weight with a delta added to its units, rounded once. Gradients flow to the delta.
+
+        Args:
+            weight: The weight as it is stored.
+            delta: As in :meth:`run_with_delta`.
+            index: The units [n] int64.
+            dim: 0 for outputs, 1 for inputs.
+        """
+        base = self.view(weight.detach()).index_select(dim, index)
+        return self.with_units(weight.detach(), index, effective_units(base, delta), dim)
+
+    def with_units(self, weight: Tensor, index: Tensor, values: Tensor, dim: int) -> Tensor:
+        """Copy a weight, in its own layout, with other values in some units. Gradients flow to the values."""
+        if self.transposed:
+            return weight.index_copy(1 - dim, index, values.t())
+        return self.view(weight).index_copy(dim, index, values).view(weight.shape)
+
+    def run_with_delta(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        """Run a plain layer on its weight with a delta added, as PEFT's layers do.
+
+        Args:
+            module: The plain layer.
+            x: Its input.
+            delta: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1; for a convolution with taps as last dimension.
+            index: Outputs or inputs that the delta is added to, [n] int64.
+            dim: 0 for outputs, 1 for inputs.
+
+        Returns:
+            The layer's output.
+        """
+        raise NotImplementedError(self.name)
+
+    # ---- the product of a trainable layer, whose weight holds base + s2: see `product` below -----------------
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any) -> Tensor:
+        """The output of a layer.
+
+        Args:
+            x: The input, in the dtype of the product.
+            weight: The effective weight as it is stored.
+            bias: The bias, or None.
+            call: What else this call needs: the padding of a convolution, the rows of experts.
+        """
+        raise NotImplementedError(self.name)
+
+    def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
+        """What the gradient of s2 needs of x: x itself where outputs are trained, a copy of a part where inputs are."""
+        raise NotImplementedError(self.name)
+
+    def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
+        """The gradient of x.
+
+        Args:
+            grad: Gradient of the output.
+            weight: The effective weight as it is stored.
+            shape: Shape of x.
+            call: As in :meth:`run`.
+        """
+        raise NotImplementedError(self.name)
+
+    def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+        """The gradient of s2, given that of the output.
+
+        If `plain`, nothing records or traces this call: the result may have the dtype of `grad`, and autograd casts it.
+        """
+        raise NotImplementedError(self.name)
+
+    def grad_of_bias(self, grad: Tensor) -> Tensor:
+        """The gradient of the bias, given that of the output [..., outputs]."""
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def features_last(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The layer's input or output with the features (channels) in the last dimension."""
+        return x
+
+    def passes_gradient(self, module: nn.Module) -> bool:
+        """Whether the gradient of the layer's output reaches its input."""
+        return True
+
+    # ---- what only quantized layers have ---------------------------------------------------------
+
+    def shared(self, module: nn.Module) -> list[Any]:
+        """Objects that a copy of the layer must share with it, because they describe how its weight is stored."""
+        return []
+
+    def state(self, module: nn.Module) -> dict[str, Any]:
+        """Values by name, tensors among them, that the layer keeps in an object of its own. The dict can be changed."""
+        return {}
+
+    def scales(self, module: nn.Module) -> list[Tensor]:
+        """Tensors that the layer needs to dequantize its weight."""
+        return []
+
+
+OTHER = Kind()  # of modules that S²FT does not train
+KINDS: list[Kind] = []  # all others, in the order in which they are asked; s2ft/layers/__init__.py has the rows
+CLASSES = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Tensor", "PackedLinear")  # whose objects they may match
+
+
+def kind_of(found: Any) -> Kind:
+    """Find the kind of a module or parameter.
+
+    Args:
+        found: A plain layer, a parameter with the weights of experts, or a trainable layer, which has the kind of the
+            plain layer that it replaces.
+
+    Returns:
+        The kind. For a module that S²FT does not train, its `layers` is None.
+    """
+    if isinstance(found, S2Layer):
+        return found.kind
+    is_known = any(one.__name__ in CLASSES for one in type(found).__mro__)
+    return next((kind for kind in KINDS if is_known and kind.matches(found)), OTHER)
+
+
+# ---- the product of a trainable layer -------------------------------------------------------------------------------
+
+
+def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
+    """Run a trainable layer (S2Layer) on its weight, whose slice is written first if s2 has changed.
+
+    Args:
+        layer: The layer.
+        x: Its input. Under autocast it is cast to autocast's dtype.
+        call: What else the formulas of its kind need to know of this call.
+
+    Returns:
+        The output. Gradients of any order flow to x, s2 and the bias.
+
+    Raises:
+        TypeError: x and the weight differ in dtype outside autocast.
+    """
+    weight, bias, s2 = layer.tensors()
+    x = autocast_input("this layer", x, weight)
+    # Derivatives of torch.func and dual numbers can't look into the function below, and an exported program has no
+    # layers that write their slices.
+    if transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting():
+        return layer.kind.run(x, layer.effective_weight(s2, weight), bias, call)
+    trains = torch.is_grad_enabled() and (
+        s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
+    )
+    is_held = _assert_held(s2, trains) if is_dynamo_compiling() else layer.write_if_changed(weight, s2)
+    if not trains:
+        return layer.kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)
+    outputs = _Product.apply(layer, x, weight, s2, bias, call, is_held)
+    return outputs[0] if type(outputs) is tuple else outputs
+
+
+class _Product(torch.autograd.Function):
+    """The product.
+
+    The backward reads the columns of x that are kept. They are a second output, which nobody uses: so autograd knows
+    that they depend on x, and second derivatives lack no term.
+    """
+
+    @staticmethod
+    def forward(ctx, layer, x, weight, s2, bias, call, is_held):
+        ctx.set_materialize_grads(False)
+        kind = ctx.kind = layer.kind
+        y = kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)
+        kept = kind.keep(layer, x, call) if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(weight, s2, kept)
+        ctx.layer, ctx.shape, ctx.call, ctx.bias_dtype = layer, x.shape, call, None if bias is None else bias.dtype
+        # Hooks of saved tensors, such as save_on_cpu, give a copy back, of which nobody knows that it holds base + s2.
+        ctx.held = weight if is_held and not is_dynamo_compiling() and not layer.is_managed else None
+        # A compiled graph has no second derivatives.
+        return (y, kept) if kept is not None and layer.dim == 1 and not is_dynamo_compiling() else y
+
+    @staticmethod
+    def backward(ctx, grad, grad_kept=None):
+        _, of_x, _, of_s2, of_bias, *_ = ctx.needs_input_grad
+        (weight, s2, kept), layer, kind = ctx.saved_tensors, ctx.layer, ctx.kind
+        grad_x = grad_s2 = grad_bias = None
+        weight = weight if ctx.held is None else ctx.held
+        if grad is not None:
+            records = torch.is_grad_enabled()
+            if of_x:
+                # The base may be back in the weight, inside disable_adapters. A second derivative has to see that the
+                # weight depends on s2.
+                is_held = _assert_held(s2, True) if is_dynamo_compiling() else not records and layer.is_held(weight, s2)
+                multiplied = weight if is_held else layer.effective_weight(s2, weight)
+                grad_x = kind.grad_of_x(grad, multiplied, ctx.shape, ctx.call)
+            if of_s2:
+                if not is_dynamo_compiling():  # the forward of a graph has said so
+                    layer.write_before_next_forward()
+                grad_s2 = kind.grad_of_s2(layer, grad, kept, s2, ctx.call, not records and runs_directly(grad, s2))
+            if of_bias:
+                grad_bias = kind.grad_of_bias(grad).to(ctx.bias_dtype)
+        if grad_kept is not None and of_x:
+            with torch.enable_grad():  # the copy is linear in x
+                x = grad_kept.new_zeros(ctx.shape, requires_grad=True)
+                kept = kind.keep(layer, x, ctx.call)
+                through_kept = torch.autograd.grad(kept, x, grad_kept, create_graph=True)[0]
+            grad_x = through_kept if grad_x is None else grad_x + through_kept
+        return None, grad_x, None, grad_s2, grad_bias, None, None
+
+
+def _assert_held(s2: Tensor, trains: bool) -> bool:
+    """True. A compiled function can't compare versions itself, so the check is an op of its graph, which may raise."""
+    torch.ops.s2ft.check_held(s2, trains)
+    return True
+
+
+def _multiplied(layer: Any, weight: Tensor, s2: Tensor, is_held: bool) -> Tensor:
+    """The effective weight in a forward: the layer's own, or a copy if it does not hold base + s2."""
+    return weight if is_held else layer.effective_weight(s2, weight).detach()
+
+
+# ---- linear layers --------------------------------------------------------------------------------------------------
 
 
 class S2Linear(S2Layer):
@@ -164,7 +458,9 @@ class LinearKind(Kind):
     is_linear = True
 
     def matches(self, found: Any) -> bool:
-        return type(found) is nn.Linear and not type(found.weight.data).__module__.startswith("torchao.")
+        return type(found) is nn.Linear and not (
+            is_split(found) or type(found.weight.data).__module__.startswith("torchao.")
+        )
 
     def run_with_delta(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
@@ -203,175 +499,12 @@ def is_conv1d(found: Any, derived: bool = True) -> bool:
     return any(one.__name__ == "Conv1D" and one.__module__ == "transformers.pytorch_utils" for one in classes)
 
 
+def is_split(found: nn.Linear) -> bool:
+    """Whether tensor parallelism has split a linear layer over ranks, see split_linear.py."""
+    # transformers replaces the forward of a layer that tensor parallelism runs, torch marks the layer
+    return is_dtensor(found.weight) and (
+        "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
+    )
+
+
 LINEAR, CONV1D = S2Linear.kinds = LinearKind(), Conv1DKind()
-
-
-# ---- linear layers that tensor parallelism has split over ranks -----------------------------------------------------
-
-
-class S2SplitLinear(S2Linear):
-    """What S2ColumnSplitLinear and S2RowSplitLinear share.
-
-    Attributes:
-        split: How the weight is split over the tensor-parallel group.
-        style: transformers' parallel style that is installed around the forward; None with torch's hooks.
-        own: Positions in s2 along the split dimension that belong to this rank's block, [n] int64.
-        places: Units of the rank's block to which they are added, [n] int64.
-    """
-
-    style: Any = None
-    own: Tensor
-    places: Tensor
-
-    def _set_units(self, start, end, index, delta_dtype) -> None:
-        super()._set_units(start, end, index, delta_dtype)
-        self.split = cast(Split, split_of(self.weight))
-        units = torch.arange(self.start, self.end, device="cpu") if self.index is None else self.index.cpu()
-        if self.split.dim == self.dim:
-            mine, places = self.split.local_places(units)
-            by_place = places.argsort()
-            mine, places = mine[by_place], places[by_place]
-        else:  # the rank's block has all units, of which it has a part each
-            mine, places = self.split.own_elements, units
-        is_range = places.numel() and torch.equal(places, torch.arange(places.numel(), device="cpu") + places[0])
-        self.first: Any = int(places[0]) if is_range else None
-        self.register_buffer("own", mine.to(self.weight.device), persistent=False)
-        self.register_buffer("places", places.to(self.weight.device), persistent=False)
-
-    def install(self, style: Any) -> None:
-        """Install transformers' parallel style around the forward, as it was around that of the plain layer."""
-        self.style = style
-        style.install_forward(self, self.split.mesh)
-
-    @torch.compiler.disable  # graphs of two ranks would sum gradients in different orders, as their units differ
-    def forward(self, input: Tensor) -> Tensor:
-        """Run this rank's block. A compiled model runs it uncompiled.
-
-        Args:
-            input: [..., inputs] as a DTensor, replicated for split outputs and split for split inputs. For split
-                outputs a plain tensor, which counts as replicated.
-
-        Returns:
-            A DTensor, split along the outputs or partial; for a plain input the rank's own outputs [..., n].
-
-        Raises:
-            RuntimeError: A layer with split inputs got a plain tensor.
-        """
-        from torch.distributed.tensor import DTensor, Partial, Shard
-
-        if not isinstance(input, DTensor):
-            if self.split.dim == 1:
-                raise RuntimeError("this layer's inputs are split over ranks: it needs a DTensor, got a plain tensor")
-            return self._run(input)
-        splits_outputs = self.split.dim == 0  # then the gradient of x is partial, else the output
-        output = self._run(input.to_local(grad_placements=[Partial()] if splits_outputs else input.placements))
-        layout = Shard(output.dim() - 1) if splits_outputs else Partial()
-        shape = torch.Size((*output.shape[:-1], self.out_features))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(output, self.split.mesh, [layout], run_check=False, shape=shape, stride=stride)
-
-    def _run(self, x: Tensor) -> Tensor:
-        return product(self, x) if self.enabled else F.linear(x, *self.tensors()[:2])
-
-    # ---- this rank's block of the weight -------------------------------------------------------------
-
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        # The outputs of split inputs are summed over ranks, so the bias counts once.
-        bias = None if self.bias is None or self.split.dim == 1 and self.split.rank > 0 else local_part(self.bias)
-        return local_part(self.weight), bias, self.s2
-
-    def _may_be_gathered(self, weight: Tensor, s2: Tensor) -> bool:
-        return self._whole != stamp(local_part(self.weight))[1]  # FSDP2 has put another parameter here
-
-    def has_written(self, s2: tuple[int, Any]) -> bool:
-        is_known = self._may_be_gathered(self.weight, self.s2) or not self._is_current or self._written[0] == s2
-        return is_known and super().has_written(s2)
-
-    @property
-    def own_units(self) -> int | Tensor:
-        return self.places if self.first is None else self.first
-
-    def effective_weight(self, s2: Tensor, weight: Tensor) -> Tensor:
-        own = _OwnPart.apply(s2, self.own, self.split.dim, self.split.mesh.get_group())
-        return super().effective_weight(own, weight)
-
-    def _units(self, weight: Tensor) -> Tensor:
-        return weight.index_select(self.dim, self.places)
-
-    def _with_units(self, weight: Tensor, values: Tensor) -> Tensor:
-        return weight.index_copy(self.dim, self.places, values)
-
-    # ---- copies: an installed forward belongs to one layer -----------------------------------------
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> S2Layer:
-        made = super().__deepcopy__({**memo, id(self.split): self.split, id(self.style): self.style})
-        memo[id(self)] = made
-        return made
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({name: value for name, value in state.items() if name != "forward"})
-        if self.style is not None:
-            self.install(self.style)
-
-
-class S2ColumnSplitLinear(S2SplitLinear):
-    """Split linear layer that trains outputs."""
-
-    dim = 0
-
-
-class S2RowSplitLinear(S2SplitLinear):
-    """Split linear layer that trains inputs."""
-
-    dim = 1
-
-
-class _OwnPart(torch.autograd.Function):
-    """The rank's own part of s2. The backward sums over the ranks, so that each has the whole gradient."""
-
-    @staticmethod
-    def forward(ctx, s2: Tensor, own: Tensor, dim: int, group: Any) -> Tensor:
-        ctx.save_for_backward(own)
-        ctx.shape, ctx.dim, ctx.group = s2.shape, dim, group
-        return s2.index_select(dim, own)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (own,) = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.shape).index_copy_(ctx.dim, own, gradient)
-        dist.all_reduce(whole, group=ctx.group)
-        return whole, None, None, None
-
-
-class SplitLinearKind(LinearKind):
-    """nn.Linear that tensor parallelism has split over ranks."""
-
-    name = "nn.Linear, split by tensor parallelism"
-    layers = (S2ColumnSplitLinear, S2RowSplitLinear)
-
-    def matches(self, found: Any) -> bool:
-        if type(found) is not nn.Linear or not is_dtensor(found.weight):
-            return False
-        # transformers replaces the forward of a layer that tensor parallelism runs, torch marks the layer
-        return "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
-
-    def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
-        return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer.places.numel())
-
-    def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
-        """The whole gradient, summed over the ranks. Each of them calls this, also one without a unit."""
-        split, whole = layer.split, torch.zeros_like(s2)
-        if layer.own.numel():
-            own = s2.index_select(split.dim, layer.own)
-            gradient = delta_gradient(grad, kept, own, layer.own_units, layer.dim, plain)
-            whole.index_copy_(split.dim, layer.own, gradient.to(s2.dtype))
-        dist.all_reduce(whole, group=split.mesh.get_group())
-        return whole
-
-    def split(self, holder: Any) -> Split | None:
-        return holder.split if isinstance(holder, S2SplitLinear) else split_of(holder.weight)
-
-
-SPLIT_LINEAR = SplitLinearKind()
-S2SplitLinear.kinds = (SPLIT_LINEAR,)

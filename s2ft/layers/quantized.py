@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from s2ft.codecs.codec import Codec
 from s2ft.layers.base import S2Layer
-from s2ft.layers.kind import Kind
+from s2ft.layers.linear import Kind
 
 NO_FUSE = (
     "an adapter can't be written into a quantized weight without quantizing it again: load it with trainable=True, "

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder, has_codecs
 from s2ft.distributed import full_shape
-from s2ft.files.plain_text import by_key
-from s2ft.files.reading import gguf_files, read_json
-from s2ft.files.streaming import StoredTensor, stored_tensors
+from s2ft.files.reading import StoredTensor, gguf_files, read_json, stored_tensors
+from s2ft.model.coupling import by_key
 
 # ---- how transformers makes weights from the tensors of a checkpoint, and back --------------------------------------
 

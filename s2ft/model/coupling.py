@@ -6,18 +6,21 @@ consumer's inputs. So both sides can be put in a new order together, and the mod
 A linear layer that shares its units with no other layer is a one-sided coupling: one projection, trained in place.
 """
 
+import hashlib
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from s2ft.config import PROJECTIONS, check_whole, refuse
-from s2ft.files.plain_text import by_key
+from s2ft.files.plain_text import MAX_NAME, shortened
 
 ONE_SIDED = "li"  # l: a layer in no coupling of several layers; i: the inputs of any layer, see i_ratio
 SIDES = ("outputs", "inputs")  # names of a weight's dim 0 and 1
@@ -658,3 +661,44 @@ def _check_numbers(thing: Any, where: str, of: str, **least: int) -> None:
     for name, lowest in least.items():
         if getattr(thing, name) is not None or name not in OPTIONAL:
             check_whole(f"{where}: {name}{of}", getattr(thing, name), lowest)
+
+
+# ---- projections by name, and values by a key -----------------------------------------------------------------------
+
+WORD = r"[\w\-]+"
+PROJECTION = re.compile(rf"{WORD}(?:\.{WORD})*(?:\[[0-9]{{1,9}}\])?(?:\.[a-z])?")
+
+
+def check_projection(name: Any, where: str) -> None:
+    """Raise ValueError unless `name` is a projection's name: words separated by dots, then any expert's number."""
+    if not isinstance(name, str) or len(name) > MAX_NAME or not PROJECTION.fullmatch(name):
+        raise ValueError(f"{where}: {shortened(name)} is not the name of a projection")
+
+
+def check_parameter(name: Any, where: str) -> None:
+    """Raise ValueError unless `name` is a parameter's name: words separated by dots."""
+    if not isinstance(name, str) or len(name) > MAX_NAME or not re.fullmatch(rf"{WORD}(?:\.{WORD})*", name):
+        raise ValueError(f"{where}: {shortened(name)} is not the name of a parameter")
+
+
+def digest_of(units: Mapping[str, list[int]]) -> str:
+    """The sha256 of sorted unit numbers by projection name, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(dict(sorted(units.items()))).encode()).hexdigest()
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def by_key(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+    """Collect the values of pairs by their keys, in the order in which they come.
+
+    Example:
+        >>> from s2ft.model.coupling import by_key
+        >>> by_key([("q", 1), ("k", 2), ("q", 3)])
+        {'q': [1, 3], 'k': [2]}
+    """
+    found: dict[Key, list[Value]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found

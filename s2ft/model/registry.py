@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_shape
-from s2ft.files.reading import check_projection
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
-from s2ft.model.coupling import Coupling, Projection, Vector, checked_couplings, in_one_weight
+from s2ft.model.coupling import Coupling, Projection, Vector, check_projection, checked_couplings, in_one_weight
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.proposals import LayerMap
 from s2ft.model.families import decoders, named

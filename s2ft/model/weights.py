@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import (
     Shard,
+    Split,
     full_shape,
     full_values,
     gathered_parameter,
@@ -26,11 +27,9 @@ from s2ft.distributed import (
     reads_weights,
     sum_over_shards,
 )
-from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, LINEAR, TRANSPOSED_EXPERTS, Kind, kind_of
-from s2ft.layers.kind import Split
 from s2ft.layers.quantized import unpack
-from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.coupling import Coupling, Projection, by_key
 from s2ft.ops import permute_
 from s2ft.ops.in_place import WRITING, check_private
 

@@ -18,10 +18,10 @@ from s2ft.adapter.adapter import sum_deltas
 from s2ft.config import refuse
 from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
-from s2ft.layers.kind import transforms_active
 from s2ft.model.coupling import SIDES
 from s2ft.model.weights import Delta
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
+from s2ft.ops._library import transforms_active
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import check_weight
 from s2ft.attached.mounting import check_gradients_pass
 from s2ft.config import refuse
-from s2ft.files.plain_text import by_key
+from s2ft.model.coupling import by_key
 from s2ft.model.weights import layers_that_repack, set_repacking
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftExperts, S2FTPeftLayer

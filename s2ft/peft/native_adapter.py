@@ -15,8 +15,7 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import read_adapter
 from s2ft.attached.mounting import check_one_place
 from s2ft.config import CHOOSING, S2FTConfig, refuse
-from s2ft.files.plain_text import by_key
-from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.coupling import Coupling, Projection, by_key, projections_of
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.registry import check_shapes, couplings_of, input_couplings, is_known
 from s2ft.model.weights import Delta, put, weight_at

@@ -13,9 +13,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
-from s2ft.files.plain_text import by_key
 from s2ft.layers import OTHER, forward_of, kind_of
-from s2ft.model.coupling import SIDES, Coupling, Projection, projections_of, unit_name
+from s2ft.model.coupling import SIDES, Coupling, Projection, by_key, projections_of, unit_name
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import check_module
 from s2ft.model.weights import weight_at

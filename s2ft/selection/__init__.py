@@ -5,7 +5,6 @@ A group is chosen as one unit of a coarser projection, so that every metric scor
 See metrics.py for what scores units.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 
 from s2ft.config import PROJECTIONS, PROTECTED, S2FTConfig, refuse
 from s2ft.distributed import decide, is_distributed
-from s2ft.files.plain_text import by_key, replace_file, table
+from s2ft.files.plain_text import replace_file, table
 from s2ft.files.reading import MAX_CONFIG, own_folder, parse_json, read_bytes, read_folder
-from s2ft.model.coupling import ONE_SIDED, Coupling, Projection, projections_of, unit_name
+from s2ft.model.coupling import ONE_SIDED, Coupling, Projection, by_key, digest_of, projections_of, unit_name
 from s2ft.model.weights import can_run, have_values, weight_at
 from s2ft.selection.batches import Calibration
 from s2ft.selection.metrics import (
@@ -99,7 +98,7 @@ class Selection:
             >>> len(s2ft.select(model, s2ft.S2FTConfig(d_ratio=0.02)).digest)
             64
         """
-        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
+        return digest_of(self.to_dict())
 
     def __str__(self) -> str:
         groups = by_key((_label(path), units.numel()) for path, units in self.units.items())

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig, refuse
-from s2ft.distributed import fsdp_follow, full_values, local_part, reshard_all
-from s2ft.files.plain_text import by_key
+from s2ft.distributed import Split, fsdp_follow, full_values, local_part, reshard_all
 from s2ft.layers import ObservedExperts, forward_of, kind_of
-from s2ft.layers.kind import Split
-from s2ft.model.coupling import ONE_SIDED, Coupling, Projection
+from s2ft.model.coupling import ONE_SIDED, Coupling, Projection, by_key
 from s2ft.model.running import evaluation_mode, forward_hooks, gathered_forwards, remove_new_hooks
 from s2ft.model.weights import (
     find,

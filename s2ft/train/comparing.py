@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from s2ft.config import refuse
-from s2ft.files.plain_text import by_key, replace_file, table
-from s2ft.model.coupling import projections_of
+from s2ft.files.plain_text import replace_file, table
+from s2ft.model.coupling import by_key, projections_of
 from s2ft.model.registry import couplings_of
 from s2ft.packages import check_packages
 from s2ft.text.divergence import mean_loss

@@ -11,9 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
 
-from s2ft.adapter.folders import OPTIONS, RUN, STATE
+from s2ft.adapter.folders import STATE
 from s2ft.files.plain_text import first_line, replace_file, sha256_of
-from s2ft.files.reading import ADAPTER, CONFIG, read_json
+from s2ft.files.reading import ADAPTER, CONFIG, OPTIONS, RUN, read_json
 
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"

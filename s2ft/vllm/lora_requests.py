@@ -82,7 +82,7 @@ def folder_of(path: str) -> Path | None:
     Returns:
         The folder; None if it has no file of an S²FT adapter, or does not exist.
     """
-    from s2ft.adapter.folders import REPOSITORY, resolve
+    from s2ft.files.reading import REPOSITORY, resolve
 
     given = Path(path).expanduser()
     is_name = not given.exists() and REPOSITORY.fullmatch(path)

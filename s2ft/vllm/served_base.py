@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import refuse
-from s2ft.files.plain_text import by_key
 from s2ft.model.checkpoint import Checkpoint, StoredWeights, open_checkpoint
-from s2ft.model.coupling import Coupling
+from s2ft.model.coupling import Coupling, by_key
 from s2ft.model.fingerprint import (
     LINEAR,
     QUANTIZATION,

@@ -8,7 +8,7 @@ from importlib import import_module
 # module of s2ft: the names that tests import from it, `name:other` where two modules have one of a name
 MODULES = {
     "": "config distributed",
-    "adapter": "folders:hub native",
+    "adapter": "native",
     "adapter.adapter": "overlap",
     "adapter.folders": "adapters_in card_of grouped source_of",
     "adapter.formats": "ADAPTER_FORMATS",
@@ -39,8 +39,8 @@ MODULES = {
     "conversion.ollama": "modelfile",
     "conversion.packed": "Change export:export_packed Kept patch state PATCHED tuned_weights undo",
     "files": "reading",
-    "files.reading": "CONFIG CONFIG:AdapterFolderCONFIG has_adapter PENDING stamp_of TENSORS TENSORS:AdapterFolderTENSORS",
-    "files.streaming": "lay_out stored_tensors StoredTensor",
+    "files.reading": "CONFIG CONFIG:AdapterFolderCONFIG has_adapter lay_out PENDING resolve stamp_of stored_tensors "
+    "StoredTensor TENSORS TENSORS:AdapterFolderTENSORS",
     "integrations.lm_eval": "as_json as_table evaluate",
     "integrations.settings": "config_from",
     "integrations.trl": "main:trl_main",

@@ -17,9 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from s2ft.distributed import full_shape
-from s2ft.files.plain_text import by_key
 from s2ft.layers import forward_of, kind_of
-from s2ft.model.coupling import Coupling, Projection, Vector, in_one_weight
+from s2ft.model.coupling import Coupling, Projection, Vector, by_key, in_one_weight
 from s2ft.model.parts import tower_of
 from s2ft.model.weights import get
 

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from s2ft.config import refuse
 from s2ft.distributed import full_shape
-from s2ft.files.plain_text import by_key, table
-from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.files.plain_text import table
+from s2ft.model.coupling import Coupling, Projection, by_key, projections_of
 from s2ft.model.discovery.examples import runnable_example
 from s2ft.model.discovery.proposals import (
     NO_BLOCK_LAYER,
