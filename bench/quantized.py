@@ -163,8 +163,9 @@ class Bench:
         file = GgufFile(plain)
         for path, layer in merged.named_modules():
             if isinstance(layer, torch.nn.Linear) and not path.endswith("lm_head"):
-                rows = file.rows(path)
-                content = torch.empty_like(layer.weight).index_copy_(0, rows, layer.weight.detach())
+                rows, columns = file.order(path)
+                content = torch.empty_like(layer.weight)
+                content[rows[:, None], columns] = layer.weight.detach()
                 with plain.open("r+b") as opened:
                     opened.seek(int(file.tensors[file.name(path)].data_offset))
                     opened.write(content.numpy().tobytes())
