@@ -99,8 +99,10 @@ def attach(
     model = unwrapped(model)
     config = with_protect_ratio(with_units(config), protect is not None)  # the adapter stores what was used
     record = find_record(model)
-    if record is not None and record.name is not None:
-        raise ValueError(f"{record.name!r} is trainable, and one adapter can be: freeze_adapter, merge or detach first")
+    if record is not None and record.trainable is not None:
+        raise ValueError(
+            f"{record.trainable!r} is trainable, and one adapter can be: freeze_adapter, merge or detach first"
+        )
     check_new_name(record, name)
     if record is None:  # finds the couplings, and reads the weights once, for the fingerprint
         record = new_record(model, couplings, example, config)

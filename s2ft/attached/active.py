@@ -84,18 +84,20 @@ def switch(model: nn.Module, record: Record, factors: dict[str, float]) -> None:
     Raises:
         ValueError: An adapter can't be written; nothing has changed.
     """
-    is_scaled = factors.get(cast(str, record.name), 1) != 1
+    is_scaled = factors.get(cast(str, record.trainable), 1) != 1
     if factors == record.active and not is_scaled and not record.change_unfinished:
         return  # a trainable adapter with another factor than 1 is written anew: it may have changed
     reshard_all(model)
     check_can_put_on_extra(model, record, factors)
-    written = [name for name in factors if name != record.name or is_scaled]
+    written = [name for name in factors if name != record.trainable or is_scaled]
     if written:
         check_weights_are_here(model, record)
     place_loaded(
-        model, record, [name for name in written if name != record.name and _is_on_another_device(model, record, name)]
+        model,
+        record,
+        [name for name in written if name != record.trainable and _is_on_another_device(model, record, name)],
     )
-    own_deltas = coded_deltas(record, mounted_deltas(record)) if record.name in written else None
+    own_deltas = coded_deltas(record, mounted_deltas(record)) if record.trainable in written else None
     check_plain_and_untied(model, record, own_deltas or ())  # loaded adapters were checked when they were loaded
     with WRITING:
         deactivate(model, record)
@@ -150,12 +152,12 @@ def activate(
     Raises:
         Exception: Any failure, after which no adapter is active.
     """
-    trains = factors.get(cast(str, record.name)) == 1
-    written = {name: weight for name, weight in factors.items() if not (trains and name == record.name)}
+    trains = factors.get(cast(str, record.trainable)) == 1
+    written = {name: weight for name, weight in factors.items() if not (trains and name == record.trainable)}
     try:
         record.change_unfinished = True
         deltas = {
-            name: cast("dict[str, Delta]", own_deltas) if name == record.name else record.loaded[name].deltas
+            name: cast("dict[str, Delta]", own_deltas) if name == record.trainable else record.loaded[name].deltas
             for name in written
         }
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
@@ -442,7 +444,7 @@ def parameters_to_save(model: nn.Module, couplings: list[Coupling], modules: Seq
 
 def extra_parameters(model: nn.Module, record: Record) -> dict[str, nn.Parameter]:
     """Return the extra weights of the trainable adapter by name, recorded or unfrozen since."""
-    if record.name is None:
+    if record.trainable is None:
         return {}
     slices = {id(mount.layer.s2) for mount in record.mounts.values()}
     found = {
@@ -492,7 +494,7 @@ def keep_base_before_forward(model: nn.Module, record: Record) -> None:
     Raises:
         RuntimeError: A weight or bias of a coupling was unfrozen, or a parameter that DeepSpeed already holds.
     """
-    if record.name is None:
+    if record.trainable is None:
         return
     known = {id(mount.layer.s2) for mount in record.mounts.values()}
     known |= {id(model.get_parameter(name)) for name in record.extra.base}
@@ -565,22 +567,24 @@ def put_on_extra(model: nn.Module, record: Record, factors: Mapping[str, float])
     values = {
         name: value
         for adapter in factors
-        if adapter != record.name
+        if adapter != record.trainable
         for name, value in record.loaded[adapter].extra_weights.items()
     }
-    trained = extra.trained if factors.get(cast(str, record.name)) == 1 else {}
+    trained = extra.trained if factors.get(cast(str, record.trainable)) == 1 else {}
     if values or trained:
         parameters = dict(model.named_parameters())
         extra.overwritten = full_copies({name: parameters[name] for name in values})
         write_extra(parameters, {**values, **trained})
-    if record.name in factors:
+    if record.trainable in factors:
         extra.trained = {}
 
 
 def check_can_put_on_extra(model: nn.Module, record: Record, factors: Mapping[str, float]) -> None:
     """Raise ValueError if an extra weight would be scaled, or two adapters have the same one."""
     names = {
-        adapter: extra_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
+        adapter: extra_parameters(model, record)
+        if adapter == record.trainable
+        else record.loaded[adapter].extra_weights
         for adapter in factors
     }
     of_each = ((adapter, weight, names[adapter]) for adapter, weight in factors.items())

@@ -497,7 +497,7 @@ def save_pretrained(
         index = {"metadata": {"format": "s2ft"}, "weight_map": layers}
         replace_file(directory / INDEX, json.dumps(index, indent=1).encode())
 
-    with_saved("saving an adapter", self, record.name, write, state=state_dict)
+    with_saved("saving an adapter", self, record.trainable, write, state=state_dict)
 
 
 def _check_no_model(directory: Path) -> None:
@@ -540,7 +540,7 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
     parts = record.parts
     deltas = {name: _delta(*parts[name], name, state, prefix + name) for name in found}
     values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
-    check_extra_fits(model, record, cast(str, record.name), values)
+    check_extra_fits(model, record, cast(str, record.trainable), values)
     set_trained(model, record, deltas, values)
     for name in found:
         del state[f"{prefix}{name}.delta"], state[f"{prefix}{name}.index"]
@@ -700,8 +700,8 @@ def _check_arrived(model: nn.Module, record: Record) -> None:
     differing = difference(found, record.fingerprint)
     if differing:
         raise RuntimeError(
-            f"the weights that were loaded are not those of the base that {record.name!r} belongs to: {differing}. "
-            "Load the base's own state, in its own order of units"
+            f"the weights that were loaded are not those of the base of {record.trainable!r}: {differing}. Load "
+            "the base's own state, in its own order of units"
         )
     if any(mount.layer.s2.is_meta for mount in record.mounts.values()):
         raise RuntimeError(

@@ -130,7 +130,7 @@ def load_adapter(
     adapter.name = adapter.name if name is None else name
     record = find_record(model)
     check_new_name(record, adapter.name)
-    trained = None if record is None else record.name
+    trained = None if record is None else record.trainable
     refuse(
         (
             trainable and device is not None,
@@ -371,13 +371,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     record = record_of(model)
     check_known(record, name)
-    if name == record.name or len(record.names) == 1:
+    if name == record.trainable or len(record.names) == 1:
         check_not_in_engine(model, "deleting the trainable or the last adapter", removes=True)
     if name in record.active:
         deactivate(model, record)
     if record.names == [name]:
         remove_all(model, record)
-    elif name != record.name:
+    elif name != record.trainable:
         record.drop(name)
     else:
         end_training(model, record)
@@ -405,10 +405,10 @@ def freeze_adapter(model: nn.Module) -> None:
         (None, {'math': 1.0})
     """
     record = record_of(model)
-    if record.name is None:
+    if record.trainable is None:
         raise ValueError(f"the model trains no adapter; it has {', '.join(record.names)}: there is nothing to freeze")
     check_not_in_engine(model, "freezing the trainable adapter", removes=True)
-    adapter = get_adapter(model, record.name)
+    adapter = get_adapter(model, record.trainable)
     check_plain_and_untied(model, record, adapter.deltas)
     adapter.deltas = coded_deltas(record, adapter.deltas)
     end_training(model, record, adapter)

@@ -202,7 +202,11 @@ def mount(model: nn.Module, record: Record, config: S2FTConfig, selection: Selec
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
     record.structure = structure_of(model, record.couplings, selection.units)
-    record.selection, record.config, record.name = selection, config, name  # an interrupt finds the name with the rest
+    record.selection, record.config, record.trainable = (
+        selection,
+        config,
+        name,
+    )  # an interrupt finds the name with the rest
     _make_layers(model, record, trained, moves, config, selection)
     mount_layers(model, record, extra_names)
     record.active = {name: 1.0}
@@ -707,7 +711,7 @@ def merge(model: nn.Module) -> nn.Module:
             add_record_and_hooks(model, record)
             for move in record.moves:
                 move.recover(model)
-            if record.name is None:
+            if record.trainable is None:
                 model.requires_grad_(False)
             else:  # the layers restore the base in their own order of units
                 mount_layers(model, record, record.extra.base)

@@ -206,7 +206,7 @@ class Record:
         fingerprint_decision: The decision that found the fingerprint. It tells whether another rank waits for weights.
         is_custom: Whether adapters store the couplings, because the model type alone does not say them.
         weight_rows: Rows of discovery about each weight of the blocks, for the report; empty for all other couplings.
-        name: Name of the trainable adapter; None if there is none.
+        trainable: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
         selection: Units of the trainable adapter.
         structure: Where its slices lie.
@@ -236,7 +236,7 @@ class Record:
     fingerprint_decision: Decision = Decision(None, "")
     is_custom: bool = False
     weight_rows: tuple[Any, ...] = ()
-    name: str | None = None
+    trainable: str | None = None
     config: S2FTConfig | None = None
     selection: Selection | None = None
     structure: Structure | None = None
@@ -266,17 +266,17 @@ class Record:
         It is computed and not stored: an interrupt between the change of a layer and the assignment of a stored value
         would leave a wrong one.
         """
-        return self.name is not None and self.active.get(self.name) == 1
+        return self.trainable is not None and self.active.get(self.trainable) == 1
 
     @property
     def names(self) -> list[str]:
         """Names of all adapters, the trainable one first."""
-        return ([] if self.name is None else [self.name]) + list(self.loaded)
+        return ([] if self.trainable is None else [self.trainable]) + list(self.loaded)
 
     @property
     def default_name(self) -> str:
         """The adapter that is saved where no name is given: the trainable one, else an active one, else the first."""
-        return self.name if self.name is not None else next(iter(self.active), self.names[0])
+        return self.trainable if self.trainable is not None else next(iter(self.active), self.names[0])
 
     @property
     def custom_couplings(self) -> list[Coupling] | None:
@@ -342,11 +342,11 @@ class Record:
         if new in loaded:
             loaded[new] = replace(loaded[new], name=new)
         # one step, so that no interrupt comes between
-        self.__dict__.update(name=new if name == self.name else self.name, loaded=loaded, active=active)
+        self.__dict__.update(trainable=new if name == self.trainable else self.trainable, loaded=loaded, active=active)
 
     def forget_trainable(self) -> None:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount_layers`."""
-        self.name = self.config = self.selection = self.structure = self.replaced_attributes = None
+        self.trainable = self.config = self.selection = self.structure = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
         self.snapshot, self.unproved = None, ""
         for collection in (self.moves, self.move_of, self.mounts, self.forwards, self.repacking_stopped):

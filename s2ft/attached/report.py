@@ -78,7 +78,7 @@ class Report:
     def of(cls, model: nn.Module) -> "Report":
         """Make the report of a model with a trainable adapter, from its layers."""
         record = record_of(model)
-        if record.name is None:
+        if record.trainable is None:
             raise ValueError(f"no adapter of {', '.join(record.names)} is trainable: load one with trainable=True")
         dtypes = {part.projection: mount.layer.s2.dtype for mount, part in record.parts.values()}
         rows = _rows(model, cast(Selection, record.selection), dtypes)
@@ -87,7 +87,7 @@ class Report:
             name: full_shape(parameter).numel() for name, parameter in extra_parameters(model, record).items()
         }
         return cls(
-            name=record.name,
+            name=record.trainable,
             layout=cast(S2FTConfig, record.config).layout,
             rows=rows,
             trainable=in_slices + sum(extra_weights.values()),
@@ -372,10 +372,10 @@ def status(model: nn.Module) -> Status:
     has_gradients = any(mounted.layer.s2.requires_grad for mounted in record.mounts.values())
     parameters = {name: adapter.parameters for name, adapter in record.loaded.items()}
     selections = {name: adapter.selection for name, adapter in record.loaded.items()}
-    if record.name is not None:
-        selections = {record.name: cast(Selection, record.selection), **selections}
+    if record.trainable is not None:
+        selections = {record.trainable: cast(Selection, record.selection), **selections}
         own = (*record.slices.values(), *extra_parameters(model, record).values())
-        parameters[record.name] = sum(full_shape(one).numel() for one in own)  # also where ZeRO-3 holds a shard
+        parameters[record.trainable] = sum(full_shape(one).numel() for one in own)  # also where ZeRO-3 holds a shard
     rows = [
         StatusRow(
             path,
@@ -383,9 +383,9 @@ def status(model: nn.Module) -> Status:
             units_of(record.projections[path], units.numel()),
             units.numel() * record.projections[path].unit,
             record.active.get(name, 0.0),
-            has_gradients and name == record.name,
+            has_gradients and name == record.trainable,
         )
         for name, selection in selections.items()
         for path, units in selection.units.items()
     ]
-    return Status(record.names, dict(record.active), record.name if has_gradients else None, rows, parameters)
+    return Status(record.names, dict(record.active), record.trainable if has_gradients else None, rows, parameters)

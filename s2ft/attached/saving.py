@@ -49,7 +49,7 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
     """
     record = record_of(model)
     check_known(record, name)
-    if name != record.name:
+    if name != record.trainable:
         return record.loaded[name]
     reshard_all(model)
     deltas = mounted_deltas(record, state)
@@ -150,7 +150,7 @@ def with_saved(
     name = record.default_name if name is None else name
     adapter = get_adapter(model, name, state)
     adapter = replace(adapter, info={**model_info(model), **adapter.info, **(info or {})})  # the loaded one stays
-    ranks = _ranks_to_wait_for(model, record) if name == record.name and state is None else None
+    ranks = _ranks_to_wait_for(model, record) if name == record.trainable and state is None else None
     run_on_first_rank(what, ranks, lambda: act(adapter))
 
 
@@ -174,7 +174,7 @@ def add_info(model: nn.Module, info: dict[str, Any]) -> None:
         'gsm8k'
     """
     record = record_of(model)
-    if record.name is None:
+    if record.trainable is None:
         raise ValueError(f"the model trains no adapter; it has {', '.join(record.names)}: call s2ft.attach first")
     try:
         record.add_info(json.loads(json.dumps(info, allow_nan=False)))

@@ -134,7 +134,7 @@ def _check(model: nn.Module, record: Record, max_shard_size: int | str | None) -
         ),
         (not record.active, "no adapter is active, so there is nothing to merge: call s2ft.set_adapter first"),
     )
-    if record.name in record.active:
+    if record.trainable in record.active:
         check_plain_and_untied(model, record, record.parts)
     if isinstance(max_shard_size, str):
         check_size(max_shard_size)
@@ -175,18 +175,20 @@ def _find(tensors: Container[str], name: str) -> str | None:
 
 def _changes(model: nn.Module, record: Record) -> Changes:
     """What the active adapters change in the base. Every rank of a sharded model must call this."""
-    deltas = {name: record.loaded[name].deltas for name in record.active if name != record.name}
+    deltas = {name: record.loaded[name].deltas for name in record.active if name != record.trainable}
     extra = {k: v for name in deltas for k, v in record.loaded[name].extra_weights.items()}
-    if record.name in record.active:
-        deltas[cast(str, record.name)] = coded_deltas(record, mounted_deltas(record))
+    if record.trainable in record.active:
+        deltas[cast(str, record.trainable)] = coded_deltas(record, mounted_deltas(record))
         extra.update(extra_values(model, record))
-    written = {name: weight for name, weight in record.active.items() if not (name == record.name and record.trains)}
+    written = {
+        name: weight for name, weight in record.active.items() if not (name == record.trainable and record.trains)
+    }
     passes: dict[str, list[Sum]] = {
         path: [[(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]]
         for path in dict.fromkeys(path for name in written for path in deltas[name])
     }
     if record.trains:  # merging writes it on top of what is written, as the forward adds it
-        for path, delta in deltas[cast(str, record.name)].items():
+        for path, delta in deltas[cast(str, record.trainable)].items():
             passes.setdefault(path, []).append([(delta, 1.0)])
     return Changes(record.projections, passes, extra)
 

@@ -109,9 +109,9 @@ class AttachedSource:
         if not record.trains:
             raise ValueError(
                 "the trainable adapter of the model is not active, so there is nothing to send: "
-                + ("attach one" if record.name is None else f"call s2ft.set_adapter(model, {record.name!r})")
+                + ("attach one" if record.trainable is None else f"call s2ft.set_adapter(model, {record.trainable!r})")
             )
-        others = [name for name in record.active if name != record.name]
+        others = [name for name in record.active if name != record.trainable]
         if others:
             raise ValueError(
                 f"adapter {others[0]!r} is active together with the trainable one, and an engine has the base alone: "

@@ -72,7 +72,7 @@ class AdapterCheckpoints:
             super().__init__(*args, **options)
         self.args.save_only_model = only_model  # a trainer may have made a copy of the arguments
         model = self.accelerator.unwrap_model(self.model)
-        if record_of(unwrapped(model)).name is None:
+        if record_of(unwrapped(model)).trainable is None:
             raise ValueError(
                 "no adapter of this model is trainable: call s2ft.attach, or s2ft.load_adapter with trainable=True"
             )
