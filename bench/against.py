@@ -109,8 +109,7 @@ def compare(dtype: str, args: argparse.Namespace) -> str:
             pairs.append((times[ours], times[theirs]))
     ours.close()
     theirs.close()
-    ratios = [mine / other for mine, other in pairs]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles([mine / other for mine, other in pairs], n=4)
     mine, other = (1000 * statistics.median(times) for times in zip(*pairs))
     lines = [f"{dtype}: {mine:.1f} ms against {other:.1f} ms, ratio {middle:.4f} ({low:.4f} to {high:.4f})"]
     lines += [f"  {name}: {value:,.0f} against {theirs.facts[name]:,.0f}" for name, value in ours.facts.items()]

@@ -185,8 +185,7 @@ def Turns(way: Way):
             self.began = time.perf_counter()
 
         def on_step_end(self, args, state, control, **_):
-            seconds = time.perf_counter() - self.began
-            print(TURN + json.dumps({"step_seconds": seconds, **way.costs}), flush=True)
+            print(TURN + json.dumps({"step_seconds": time.perf_counter() - self.began, **way.costs}), flush=True)
 
     return Waits()
 
@@ -285,11 +284,9 @@ def main() -> None:
         if not options.model:
             options.model = str(write_base(Path(root) / "base", "float32"))
         for dtype in ("float32", "bfloat16") if options.dtype == "both" else (options.dtype,):
-            job = argparse.Namespace(**{**vars(options), "dtype": dtype})
-            results[dtype] = measure(job, Path(root))
+            results[dtype] = measure(argparse.Namespace(**{**vars(options), "dtype": dtype}), Path(root))
             show(dtype, results[dtype])
-    settings = {name: getattr(options, name) for name in ("answers", "tokens", "steps")}
-    save(RESULTS, {**settings, "results": results})
+    save(RESULTS, {**{name: getattr(options, name) for name in ("answers", "tokens", "steps")}, "results": results})
 
 
 if __name__ == "__main__":

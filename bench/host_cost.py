@@ -120,8 +120,7 @@ def microseconds(rounds: int, calls: int) -> dict[str, dict[str, float]]:
     times = interleaved({key: step for key, (step, _) in steps.items()}, rounds, timed=processor_seconds)
     found: dict[str, dict[str, float]] = {}
     for (name, column), seconds in times.items():
-        per_layer = 1e6 * statistics.quantiles(seconds, n=10)[0] / steps[name, column][1]
-        found.setdefault(name, {})[column] = per_layer
+        found.setdefault(name, {})[column] = 1e6 * statistics.quantiles(seconds, n=10)[0] / steps[name, column][1]
     return found
 
 

@@ -116,8 +116,7 @@ def lora_of(base: nn.Module, names: list[str]) -> nn.Module:
     """A PEFT model with a random LoRA for every name. Each has as many numbers as our adapters, rounded down."""
     config = base.config
     units = int(RATIO * config.intermediate_size)
-    rank = units * config.hidden_size // (config.hidden_size + config.intermediate_size)
-    return loras_of(base, names, rank)
+    return loras_of(base, names, units * config.hidden_size // (config.hidden_size + config.intermediate_size))
 
 
 def difference_to_alone(base, switched, bank: AdapterBank, inputs: dict[str, Tensor], names: list[str]) -> float:

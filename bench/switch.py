@@ -70,8 +70,7 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str,
             save_random_adapter(base, channels / config.intermediate_size, seed, folder)
         model, step = s2ft_switch(base, folders)
         loras = {name: lora_switch(base, rank, name == LORAS[1]) for name in LORAS[: 1 + (base.dtype != torch.float32)]}
-        steps = {"s2ft": step, **{name: lora_step for name, (_, lora_step) in loras.items()}}
-        times = interleaved(steps, rounds)
+        times = interleaved({"s2ft": step, **{name: lora_step for name, (_, lora_step) in loras.items()}}, rounds)
         crowd = 100
         for number in range(crowd - len(folders)):
             s2ft.load_adapter(model, folders["a"], f"other{number}", active=False)

@@ -178,8 +178,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
-        base = base_of(args, dtype, device)[0]
-        results[dtype] = run(base, args)
+        results[dtype] = run(base_of(args, dtype, device)[0], args)
         print(table(f"{dtype}, {args.batch} × {args.length} tokens", results[dtype]), flush=True)
     sizes = {"base": base_name(args), "batch": args.batch, "length": args.length, "d_ratio": args.d_ratio}
     sizes["keep_memory"] = args.keep_memory

@@ -89,8 +89,7 @@ def prepare(root: Path) -> tuple[list[dict[str, int]], list[list[int]]]:
         torch.manual_seed(seed)
         fill_slices(model, std=0.01)
         s2ft.save_adapter(model, root / name)
-        deltas = s2ft.get_adapter(model, name).deltas
-        units.append({path: delta.index.numel() for path, delta in deltas.items()})
+        units.append({path: delta.index.numel() for path, delta in s2ft.get_adapter(model, name).deltas.items()})
     return units, [tokenizer(text)["input_ids"] for text in TEXTS]
 
 

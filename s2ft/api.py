@@ -108,7 +108,7 @@ def attach(
         record = new_record(model, couplings, example, config)
     elif couplings is not None and find_couplings(model, couplings, example, config).couplings != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
-    elif config.trains_inputs != any(name.endswith(".i") for name in record.projections):  # .i: of i_ratio
+    elif config.units is None and config.trains_inputs != any(one.key == "i" for one in record.projections.values()):
         raise ValueError("adapters of i_ratio and of other ratios do not go into one model")
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()

@@ -66,7 +66,7 @@ def check_same_as_first_rank(what: str, values: Mapping[str, str]) -> None:
         return
     _counts[what] += 1
     mine = json.dumps({"rank": dist.get_rank(), **values})
-    first = json.loads(_store().compare_set(f"s2ft/{what}/{_counts[what]}", "", mine))
+    first = json.loads(group_store().compare_set(f"s2ft/{what}/{_counts[what]}", "", mine))
     for name, value in values.items():
         if first[name] != value:
             raise RuntimeError(
@@ -85,7 +85,7 @@ def should_print(text: str) -> bool:
     if not is_distributed():
         return int(os.environ.get("WORLD_SIZE", "1")) <= 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        return _store().add(f"s2ft/printed/{text}", 1) == 1
+        return group_store().add(f"s2ft/printed/{text}", 1) == 1
     except RuntimeError:  # the process that has the store has ended
         return True
 
@@ -104,7 +104,7 @@ def check_all_ranks_agree(what: str, value: str) -> None:
     if ranks is None:
         return
     key = wait_for_ranks(f"comparison of {what}", ranks, value)
-    values = [_store().get(f"{key}/{rank}").decode() for rank in ranks]
+    values = [group_store().get(f"{key}/{rank}").decode() for rank in ranks]
     if len(set(values)) > 1:
         differing = next(rank for rank in ranks if values[rank] != values[0])
         raise RuntimeError(
@@ -131,7 +131,7 @@ def wait_for_ranks(what: str, ranks: list[int] | None, value: str = "") -> str:
         return ""
     call = f"s2ft/{what}/{'-'.join(map(str, ranks))}"
     _counts[call] += 1
-    key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
+    key, store, me = f"{call}/{_counts[call]}", group_store(), dist.get_rank()
     with _explain_lost_store(what):
         store.set(f"{key}/{me}", value)
         if not _wait(lambda: store.check([f"{key}/{rank}" for rank in ranks])):
@@ -144,7 +144,7 @@ def wait_for_ranks(what: str, ranks: list[int] | None, value: str = "") -> str:
 
 def _wait(is_done: Callable[[], bool]) -> bool:
     """Wait until something is done, for at most the timeout of the process group. Returns whether it is."""
-    start, limit = time.monotonic(), _store().timeout.total_seconds()  # type: ignore[attr-defined]
+    start, limit = time.monotonic(), group_store().timeout.total_seconds()  # type: ignore[attr-defined]
     while not is_done():  # no interrupt would end store.wait
         waited = time.monotonic() - start
         if waited > limit:
@@ -155,7 +155,7 @@ def _wait(is_done: Callable[[], bool]) -> bool:
 
 def _why_lost() -> str:
     return (
-        f"it did not call this within {_store().timeout.total_seconds():g} s. "  # type: ignore[attr-defined]
+        f"it did not call this within {group_store().timeout.total_seconds():g} s. "  # type: ignore[attr-defined]
         "Its process has ended, or it works for longer (raise the timeout of init_process_group, --ddp-timeout), or "
         "one rank called this alone: every rank must call this"
     )
@@ -193,7 +193,7 @@ def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[
         raise
     key = wait_for_ranks(what, ranks)
     for rank in ranks or ():
-        failure = _store().get(f"{key}/{rank}").decode()
+        failure = group_store().get(f"{key}/{rank}").decode()
         if failure:
             raise RuntimeError(f"rank {rank} failed: {failure}")
 
@@ -217,7 +217,7 @@ class Decision(NamedTuple):
     @property
     def is_for_others(self) -> bool:
         """Whether another rank has asked for the value so far because it can't compute it."""
-        return bool(self.key) and _store().add(f"{self.key}/asked", 0) > 0
+        return bool(self.key) and group_store().add(f"{self.key}/asked", 0) > 0
 
 
 def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
@@ -244,7 +244,7 @@ def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
         return Decision(compute() if is_able else None, "")
     call = f"decision on {what}"
     _counts[call] += 1
-    key, store = f"s2ft/{call}/{_counts[call]}", _store()
+    key, store = f"s2ft/{call}/{_counts[call]}", group_store()
     if not is_able:
         return Decision(_decided(what, key), key)
     rank = str(dist.get_rank())
@@ -262,7 +262,7 @@ def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
 
 def _decided(what: str, key: str) -> Any:
     """Wait for the value that a rank leaves at `key`; None if no rank is able to compute it."""
-    store, asked = _store(), f"{key}/asked"
+    store, asked = group_store(), f"{key}/asked"
 
     def by() -> int | None:
         return int(store.get(f"{key}/by")) if store.check([f"{key}/by"]) else None
@@ -282,7 +282,7 @@ def _decided(what: str, key: str) -> Any:
     return found["value"]
 
 
-def _store() -> dist.Store:
+def group_store() -> dist.Store:
     """The store of the process group."""
     return dist.distributed_c10d._get_default_store()
 

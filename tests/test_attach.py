@@ -74,6 +74,16 @@ def test_attach_keeps_the_logits_and_merge_those_of_the_slices(case, request_, l
     assert relative_difference(output_of(s2ft.merge(model)), trained) <= LOGITS < relative_difference(trained, before)
 
 
+def test_an_optimizer_that_steps_after_a_merge_changes_nothing():
+    model = randomize(with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1)))
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 1.0)
+    loss = output_of(model).sum()  # its graph keeps the layers
+    loss.backward()
+    merged = output_of(s2ft.merge(model))
+    optimizer.step()
+    assert torch.equal(output_of(model), merged)
+
+
 @pytest.mark.parametrize("case", rest_slow(CASES, FIRST))
 def test_every_layer_is_reported_and_trained(case):
     model = model_of(case)

@@ -397,8 +397,7 @@ def test_four_runs_prove_a_language_model_and_nothing_is_kept():
     state = torch.get_rng_state()
     s2ft.attach(model, S2FTConfig(d_ratio=0.2))
     assert calls == [False, True, True, False] and torch.equal(torch.get_rng_state(), state)
-    mounts = record_of(model).mounts.values()
-    assert all(not mount.layer.s2.any() and mount.layer.s2.grad is None for mount in mounts)
+    assert all(not one.layer.s2.any() and one.layer.s2.grad is None for one in record_of(model).mounts.values())
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one).__name__ == "Proof"]
 

@@ -72,8 +72,7 @@ HASH_FILE = Path(__file__).with_name("families.sha256")
 def families_hash() -> str:
     """Return the sha256 of the test families and the training templates, with the ranges of their numbers."""
     ranges = {name: (one.first, one.second, one.a, one.b, one.c) for name, one in OPERATIONS.items()}
-    content = json.dumps([FAMILIES, TRAIN_TEMPLATES, ranges], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([FAMILIES, TRAIN_TEMPLATES, ranges], sort_keys=True).encode()).hexdigest()
 
 
 def check_frozen() -> None:

@@ -61,8 +61,7 @@ def limited(device: str, limit_bytes: int | None) -> Iterator[None]:
 
     free = int(0.9 * _kibibytes(Path("/proc/meminfo"), "MemAvailable"))
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    most = size_of_process("VmData") + min(free, limit_bytes or free)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, ((size_of_process("VmData") + min(free, limit_bytes or free)), before[1]))
     try:
         yield
     finally:

@@ -208,8 +208,7 @@ def tests(work: Work) -> GpuStage:
 def with_results(name: str, work: Work, command: list[str], most: float, output: Path) -> GpuStage:
     """A stage of one command that writes its numbers to `output`."""
     output.unlink(missing_ok=True)
-    done = work.run(name, command, most)
-    return outcome(name, done, read_json(output))
+    return outcome(name, work.run(name, command, most), read_json(output))
 
 
 def kernels(work: Work) -> GpuStage:
@@ -401,8 +400,7 @@ def main() -> None:
     report = GpuReport(out, title, not args.cpu)
     work = Work(out, begin + args.seconds, args.cpu)
     about = about_machine(not args.cpu, version_of)
-    lines = "\n".join(f"{key}: {value}" for key, value in about.items())
-    report.add(GpuStage("machine", PASSED, "", lines, about))
+    report.add(GpuStage("machine", PASSED, "", "\n".join(f"{key}: {value}" for key, value in about.items()), about))
     run_stages([name for name in STAGES if name in args.only], work, report)
     print(f"{report.counts()}\nreport: {out / 'report.md'}")
     sys.exit(0 if report.good else 1)

@@ -109,8 +109,7 @@ def resources(ptxas: str) -> dict[str, tuple[int, int, int, int]]:
 
         spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
         local = number(r"(\d+) bytes stack frame")
-        shared = number(r"(\d+) bytes smem")
-        found[part.partition("'")[0]] = (number(r"Used (\d+) registers"), spills, local, shared)
+        found[part.partition("'")[0]] = (number(r"Used (\d+) registers"), spills, local, number(r"(\d+) bytes smem"))
     return found
 
 

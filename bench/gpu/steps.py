@@ -120,8 +120,7 @@ class Step:
     def __init__(self, model: nn.Module, batch: Tensor) -> None:
         self.model, self.batch = model.train(), batch
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        fused = batch.is_cuda
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=fused) if self.trained else None
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=batch.is_cuda) if self.trained else None
 
     def __call__(self) -> Tensor:
         embedded = self.model.get_input_embeddings()(self.batch)

@@ -20,8 +20,7 @@ def lora_layer(weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
 
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
     base.weight = nn.Parameter(weight, requires_grad=False)
-    config = LoraConfig(r=16, lora_alpha=32)
-    layer = Linear(base, "default", config=config, r=16, lora_alpha=32)
+    layer = Linear(base, "default", config=LoraConfig(r=16, lora_alpha=32), r=16, lora_alpha=32)
     for adapter in (layer.lora_A, layer.lora_B):
         adapter.to(device=weight.device, dtype=dtype)
     return layer

@@ -1,1 +1,1 @@
-"""Adapters as data: in memory, in the folders that hold them, and on the Hugging Face hub."""
+"""Adapters as data: in memory, their formats, the folders that are served, and model cards."""

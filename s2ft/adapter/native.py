@@ -19,7 +19,7 @@ from torch import Tensor
 import s2ft
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
-from s2ft.files.plain_text import replace_file
+from s2ft.files.plain_text import replace_file, shortened
 from s2ft.files.reading import (
     CONFIG,
     FLOATS,
@@ -37,12 +37,11 @@ from s2ft.files.reading import (
     read_folder,
     read_some_tensors,
     read_tensors,
-    shortened,
 )
 from s2ft.model.coupling import (
     Coupling,
-    check_parameter,
-    check_projection,
+    check_parameter_name,
+    check_projection_name,
     checked_couplings,
     digest_of,
     projections_of,
@@ -80,13 +79,13 @@ def write(adapter: Adapter, folder) -> None:
     check_adapter_name(adapter.name, "save")
     tensors = {}
     for path, delta in adapter.deltas.items():
-        check_projection(path, "save")
+        check_projection_name(path, "save")
         if delta.values.numel() == 0 or not bool(torch.isfinite(delta.values).all()):
             raise ValueError(f"{path}: the delta is empty or not finite, so it is not saved")
         tensors[f"{path}.delta"] = delta.values.detach().cpu().contiguous()
         tensors[f"{path}.index"] = delta.index.to(torch.int32)
     for name, value in adapter.extra_weights.items():
-        check_parameter(name, "save")
+        check_parameter_name(name, "save")
         if NAMES.get(value.dtype) not in FLOATS:  # PyTorch can't say of each of these dtypes what is finite
             raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
         if value.numel() == 0 or not bool(torch.isfinite(value).all()):
@@ -125,7 +124,7 @@ def write(adapter: Adapter, folder) -> None:
     config.update({name: value for name, value in optional.items() if value})
     config = json.loads(json.dumps(config, allow_nan=False))  # the digest needs keys and lists as they are read
     config["config_sha256"] = _digest(config)
-    _write_folder(Path(folder), json.dumps(config).encode(), blob)
+    _write_folder(Path(folder).expanduser(), json.dumps(config).encode(), blob)
 
 
 def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:
@@ -249,7 +248,7 @@ def _projections(header: dict[str, Any], path: Path) -> dict[str, Any]:
     if not projections:
         raise ValueError(f"{path}: projections is empty")
     for name, entry in projections.items():
-        check_projection(name, str(path))
+        check_projection_name(name, str(path))
         units = entry.get("units") if isinstance(entry, dict) else None
         if not isinstance(units, list) or type(entry.get("dim")) is not int or entry["dim"] not in (0, 1):
             raise ValueError(f"{name}: its entry in {CONFIG} must have dim 0 or 1 and a list of units")
@@ -268,7 +267,7 @@ def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, t
         return {}
     found = {}
     for name, entry in _field(header, "extra_weights", dict, path).items():
-        check_parameter(name, str(path))
+        check_parameter_name(name, str(path))
         if (
             not isinstance(entry, dict)
             or entry.keys() != {"dtype", "shape"}
@@ -311,7 +310,7 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
     try:
         couplings = [Coupling.from_dict(entry) for entry in _field(header, "couplings", list, path)]
         for projection in projections_of(couplings):
-            check_projection(projection.path, "couplings")
+            check_projection_name(projection.path, "couplings")
             count, unit = projection.count, projection.unit
             is_large = isinstance(count, int) and isinstance(unit, int) and count * unit > MAX_ELEMENTS
             if is_large or any(isinstance(n, int) and n > MAX_ELEMENTS for n in vars(projection).values()):
@@ -330,12 +329,12 @@ def _structure(header: dict[str, Any], path: Path) -> Structure:
         locations = {name: Location(**fields) for name, fields in values["locations"].items()}
         for name, found in locations.items():
             found.check(name)
-            check_projection(found.path, name)
+            check_projection_name(found.path, name)
         base_weights = {layer: list(map(tuple, pairs)) for layer, pairs in values["base_weights"].items()}
         for pair in (pair for pairs in values["base_weights"].values() for pair in pairs):
             if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
                 raise ValueError("each of base_weights must be a label and a name")
-            check_parameter(pair[1], "base_weights")
+            check_parameter_name(pair[1], "base_weights")
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: structure can't be read: {error}") from None
     others, layers = header["projections"], header["base_fingerprint"]["layers"]

@@ -41,8 +41,8 @@ from s2ft.distributed import (
     reshard_all,
     write_units,
 )
-from s2ft.layers.base import own_memory, write_all
-from s2ft.model.coupling import Coupling, Projection, check_parameter, projections_of
+from s2ft.layers.base import give_own_memory, write_all
+from s2ft.model.coupling import Coupling, Projection, check_parameter_name, projections_of
 from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
 from s2ft.ops.in_place import WRITING, check_private
@@ -122,7 +122,7 @@ def _restore_base(model: nn.Module, record: Record) -> None:
         mounted.layer.unfuse()
         mounted.layer.enabled = False
     for entry in reversed(record.written):
-        own_memory(weight_at(model, entry.projection).tensor)
+        give_own_memory(weight_at(model, entry.projection).tensor)
         with weight_at(model, entry.projection).shard() as shard:
             index, base = entry.index, entry.base
             if index is None:  # the model may have been sharded since
@@ -398,7 +398,7 @@ UNFROZEN = (
 )
 
 
-# ---- which weights these are ---------------------------------------------------------------------------
+# ---- extra weights: which these are --------------------------------------------------------------------
 
 
 def parameters_to_save(model: nn.Module, couplings: list[Coupling], modules: Sequence[str] | None) -> list[str]:
@@ -438,7 +438,7 @@ def parameters_to_save(model: nn.Module, couplings: list[Coupling], modules: Seq
         )
         names += found
     for name in names:
-        check_parameter(name, "modules_to_save")  # else a trained adapter could not be saved
+        check_parameter_name(name, "modules_to_save")  # else a trained adapter could not be saved
     return list(dict.fromkeys(names))
 
 
@@ -456,7 +456,7 @@ def extra_parameters(model: nn.Module, record: Record) -> dict[str, nn.Parameter
     return {name: parameter for name, parameter in found.items() if name not in coupled}
 
 
-# ---- recording values before training ------------------------------------------------------------------
+# ---- extra weights: recording values before training ---------------------------------------------------
 
 
 def unfreeze(model: nn.Module, record: Record, names: Iterable[str]) -> None:
@@ -546,7 +546,7 @@ def full_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in full_tensors(parameters).items()}
 
 
-# ---- switching -----------------------------------------------------------------------------------------
+# ---- extra weights: switching --------------------------------------------------------------------------
 
 
 def take_off_extra(model: nn.Module, record: Record) -> None:
@@ -595,7 +595,7 @@ def write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
     """Give parameters whole values by name. Every rank of a sharded model must call this."""
     for name, value in values.items():
         parameter = parameters[name]
-        own_memory(parameter)
+        give_own_memory(parameter)
         if full_shape(parameter) != value.shape:
             raise ValueError(
                 f"{name} has another shape than when it was recorded: give it that one again, and call s2ft.detach "
@@ -607,7 +607,7 @@ def write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
             parameter.detach().copy_(value)
 
 
-# ---- saving and loading --------------------------------------------------------------------------------
+# ---- extra weights: saving and loading -----------------------------------------------------------------
 
 
 def extra_values(model: nn.Module, record: Record, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -79,6 +79,7 @@ from s2ft.attached.saving import with_saved
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
     fsdp_modules,
+    group_store,
     is_dtensor,
     is_partitioned,
     is_spread,
@@ -298,6 +299,7 @@ class _BaseOrder:
 
     def __init__(self, model: nn.Module, record: Record) -> None:
         self.model, self.record = model, record
+        self.aside, self.overwritten = _held(model, record.extra.trained), _held(model, record.extra.overwritten)
         self.moves = restoring_moves(model, record.moves)
         self.layers = {
             id(mounted.layer.weight): mounted.layer
@@ -353,16 +355,15 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
     if record.awaits_weights or not (record.moves or record.mounts):
         return  # no unit has moved and no trainable layer runs
     order, copies, is_fsdp = _BaseOrder(model, record), {}, bool(managed_by_fsdp(model))
-    aside, overwritten = _held(model, record.extra.trained), _held(model, record.extra.overwritten)
     for key, tensor in named_tensors(model, prefix):
         found = state.get(key)
         # keep_vars=True returns the parameters themselves
         if not isinstance(found, Tensor) or found is tensor:
             continue
-        if id(tensor) in aside:
-            state[key] = record.extra.trained[aside[id(tensor)]].clone()
-        elif id(tensor) in overwritten:
-            state[key] = record.extra.overwritten[overwritten[id(tensor)]].clone()
+        if id(tensor) in order.aside:
+            state[key] = record.extra.trained[order.aside[id(tensor)]].clone()
+        elif id(tensor) in order.overwritten:
+            state[key] = record.extra.overwritten[order.overwritten[id(tensor)]].clone()
         if not order.changed(tensor):
             continue
         if is_spread(tensor) and (not is_dtensor(tensor) or is_fsdp):
@@ -419,12 +420,11 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, metadata
     read_only = (module for module in model.modules() if kind_of(module).read_only)
     frozen -= {id(parameter) for module in read_only for parameter in module.parameters()}
     order, same, taken = _BaseOrder(model, record), {}, {}
-    aside, overwritten = _held(model, record.extra.trained), _held(model, record.extra.overwritten)
     for key, tensor in named_tensors(model, prefix):
         found = state.get(key)
-        if id(tensor) in aside and isinstance(found, Tensor) and found.shape == tensor.shape:
-            taken[aside[id(tensor)]], same[key] = found.detach().to(tensor, copy=True), tensor
-        elif id(tensor) in overwritten and isinstance(found, Tensor):
+        if id(tensor) in order.aside and isinstance(found, Tensor) and found.shape == tensor.shape:
+            taken[order.aside[id(tensor)]], same[key] = found.detach().to(tensor, copy=True), tensor
+        elif id(tensor) in order.overwritten and isinstance(found, Tensor):
             same[key] = tensor  # the loaded adapter that has it stays active
         elif id(tensor) in frozen and isinstance(found, Tensor) and not is_spread(tensor) and not is_spread(found):
             if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
@@ -726,8 +726,7 @@ def _rank_that_has(record: Record, ranks: list[int] | None) -> int | None:
         return None
     has = not any(value.is_meta for value in record.extra.base.values())
     key = wait_for_ranks("who has the base of the extra weights", ranks, str(int(has)))
-    store = dist.distributed_c10d._get_default_store()
-    return next((rank for rank in ranks if store.get(f"{key}/{rank}") == b"1"), None)
+    return next((rank for rank in ranks if group_store().get(f"{key}/{rank}") == b"1"), None)
 
 
 def _sent(record: Record, name: str, parameter: Any, source: int) -> Tensor:

@@ -126,7 +126,8 @@ def load_adapter(
     if trainable:
         check_sentence_model(model)
     model = unwrapped(model)
-    adapter = replace(adapter) if isinstance(adapter, Adapter) else read_adapter(adapter)  # a copy: it is changed below
+    # a copy: it is changed below
+    adapter = replace(adapter if isinstance(adapter, Adapter) else read_adapter(adapter), device=None)
     adapter.name = adapter.name if name is None else name
     record = find_record(model)
     check_new_name(record, adapter.name)
@@ -148,8 +149,8 @@ def load_adapter(
         check_plain_and_untied(model, record, adapter.deltas)
         check_own_memory(model, [record.projections[path] for path in adapter.deltas])
     record.fingerprint = record.fingerprint or adapter.fingerprint  # a model on the meta device has none yet
-    adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
     if not trainable:
+        adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
         if device is not None:
             adapter = replace(adapter.to(device), device=torch.device(device))
         _load(model, record, adapter, active)
@@ -215,7 +216,7 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     set_trained(model, record, adapter.deltas, adapter.extra_weights)
 
 
-# ---- switching ------------------------------------------------------------------------------------------------------
+# ---- switching, and what is done with loaded adapters ---------------------------------------------------------------
 
 Weights = str | Mapping[str, float] | None
 

@@ -202,11 +202,8 @@ def mount(model: nn.Module, record: Record, config: S2FTConfig, selection: Selec
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
     record.structure = structure_of(model, record.couplings, selection.units)
-    record.selection, record.config, record.trainable = (
-        selection,
-        config,
-        name,
-    )  # an interrupt finds the name with the rest
+    # in one statement, so that an interrupt finds the name with the rest
+    record.selection, record.config, record.trainable = selection, config, name
     _make_layers(model, record, trained, moves, config, selection)
     mount_layers(model, record, extra_names)
     record.active = {name: 1.0}
@@ -537,6 +534,8 @@ def make_plain(model: nn.Module, record: Record) -> nn.Module:
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
     remove_record_and_hooks(model)
+    for mounted in record.mounts.values():  # a graph may keep the layer: an optimizer's step would write its slice
+        mounted.layer.base = None
     return model
 
 

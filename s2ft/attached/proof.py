@@ -94,7 +94,7 @@ def mount_proved(
     couplings, decision = trained_couplings(record.couplings, selection), Decision(None, "")
     proof, able = Proof(model, record, couplings, verify or example is not None), can_run(model)
     # The value of the decision is None if no rank has the weights, False if the model runs on no input.
-    if verify is not False:
+    if verify is None or verify:
         decision = decide(
             "what the base computes",
             able,

@@ -400,19 +400,6 @@ def check_unattached(model: nn.Module) -> None:
         )
 
 
-def check_not_offloaded(model: nn.Module) -> None:
-    """Raise ValueError if hooks of accelerate bring weights of the model from other memory or a disk."""
-    for path, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
-            raise ValueError(
-                f"accelerate keeps the weights of {path or type(model).__name__} elsewhere (cpu_offload, disk_offload, "
-                "or a device_map with cpu or disk) and brings them for each forward, so s2ft can't change them: load "
-                "the model onto devices that hold it whole, or quantized, or call "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
-            )
-
-
 def new_record(
     model: nn.Module, couplings: Sequence[Coupling] | None = None, example: Any = None, config: S2FTConfig | None = None
 ) -> Record:
@@ -458,9 +445,9 @@ def new_record(
     )
 
 
-WITHOUT = "load the model without tensor parallelism, attach, and shard it by FSDP2 or ZeRO"
-
 # ---- what is refused -----------------------------------------------------------------------------------
+
+WITHOUT = "load the model without tensor parallelism, attach, and shard it by FSDP2 or ZeRO"
 
 
 def check_parallelism(model: nn.Module) -> None:
@@ -482,6 +469,29 @@ def check_parallelism(model: nn.Module) -> None:
             )
 
 
+def check_not_offloaded(model: nn.Module) -> None:
+    """Raise ValueError if hooks of accelerate bring weights of the model from other memory or a disk."""
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+            raise ValueError(
+                f"accelerate keeps the weights of {path or type(model).__name__} elsewhere (cpu_offload, disk_offload, "
+                "or a device_map with cpu or disk) and brings them for each forward, so s2ft can't change them: load "
+                "the model onto devices that hold it whole, or quantized, or call "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+            )
+
+
+def check_slices_are_here(record: Record, *, in_weights: bool = False) -> None:
+    """Raise ValueError if the slices can't be read yet, or with `in_weights` if they can't be written into weights."""
+    missing = record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values())
+    if missing or in_weights and record.awaits_weights:
+        raise ValueError(
+            "the weights of this model have not arrived on this rank (it is on the meta device): prepare the model "
+            "with accelerate, or load its weights, before you read, save or switch its adapters"
+        )
+
+
 # ---- an adapter and a model ----------------------------------------------------------------------------------------
 
 
@@ -492,7 +502,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Record) -> None:
         if path not in known:
             raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")
         shape = list(weight_at(model, known[path]).shape)
-        size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
+        size, shape[known[path].dim] = shape[known[path].dim], delta.index.numel()
         if delta.dim != known[path].dim or shape != list(delta.values.shape):
             raise ValueError(
                 f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
@@ -596,13 +606,3 @@ def check_known(record: Record, name: str) -> None:
     """Raise ValueError if the model has no adapter of this name."""
     if name not in record.names:
         raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
-
-
-def check_slices_are_here(record: Record, *, in_weights: bool = False) -> None:
-    """Raise ValueError if the slices can't be read yet, or with `in_weights` if they can't be written into weights."""
-    missing = record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values())
-    if missing or in_weights and record.awaits_weights:
-        raise ValueError(
-            "the weights of this model have not arrived on this rank (it is on the meta device): prepare the model "
-            "with accelerate, or load its weights, before you read, save or switch its adapters"
-        )

@@ -20,6 +20,7 @@ from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
 from s2ft.files.plain_text import sha256_of
 from s2ft.files.reading import adapter_folder, is_patched
+from s2ft.model.checkpoint import packed_files
 from s2ft.selection import Selection
 
 
@@ -70,22 +71,26 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
 
 
 def model_info(model: nn.Module) -> dict[str, Any]:
-    """Return what an adapter stores about its base in `info`: name, model type, dtype, and a GGUF file's hash.
+    """Return what an adapter stores about its base in `info`: name, model type, dtype, and the hash of packed files.
 
     The dtype is the one in which base + delta is rounded, so a merge must use it too.
     """
     config = getattr(model, "config", None)
     base = getattr(config, "_name_or_path", None) or None
     info = {"base_model": base, "model_type": getattr(config, "model_type", None)}
-    if base and base.endswith(".gguf") and os.path.isfile(base) and not is_patched(base):  # patched since it was loaded
-        info["base_sha256"] = _sha256(Path(base), os.stat(base).st_mtime_ns)
+    files = packed_files(base) if base and not is_patched(base) else []  # it may have been patched since it was loaded
+    if files:
+        info["base_sha256"] = _sha256(*((file, file.stat().st_mtime_ns) for file in files))
     dtype = getattr(model, "dtype", None)
     return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
 
 
 @cache
-def _sha256(path: Path, changed: int) -> str:  # once for each change of a file of gigabytes
-    return sha256_of(path)
+def _sha256(*files: tuple[Path, int]) -> str:  # once for each change of files of gigabytes
+    return sha256_of(*(path for path, _ in files))
+
+
+# ---- saving ------------------------------------------------------------------------------------------------
 
 
 @on_unwrapped
@@ -110,6 +115,7 @@ def save_adapter(
         state: A state_dict that others have gathered (accelerate, Trainer), with every s2. Default: the model's own.
 
     Raises:
+        TypeError: `info` has something that JSON does not have.
         ValueError: No adapter has this name, or a delta is empty or not finite. Nothing is written.
         RuntimeError: Another rank failed to write, or did not take part within the timeout of the process
             group.
@@ -251,7 +257,7 @@ def push_to_hub(
     if not isinstance(model_or_folder, nn.Module):
         if name is not None:
             raise ValueError("name selects an adapter of a model, but a folder holds one adapter: leave name out")
-        return _upload(adapter_folder(Path(model_or_folder)), repo_id, revision, private, token, message)
+        return _upload(adapter_folder(Path(model_or_folder).expanduser()), repo_id, revision, private, token, message)
     addresses: list[str] = []
 
     def upload(adapter: Adapter) -> None:

@@ -46,6 +46,11 @@ class PackedFolder:
         """
         self.path, self.tensors, self._settings = path, tensors, settings
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that have tensors."""
+        return sorted({stored.file for stored in self.tensors.values()})
+
     def packed(self, path: str) -> Packed:
         """Read the tensors of a packed weight, given the path of its module, by their names behind it.
 

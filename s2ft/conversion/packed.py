@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from glob import escape
 from itertools import count
 from pathlib import Path
 from traceback import clear_frames
@@ -131,9 +132,10 @@ def _check_base(base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: tor
             if not math.isclose(value, other, rel_tol=TOLERANCE, abs_tol=1e-8)
         )
         different = f"{error}" + next((f"; the first weight is {name}" for name in names), "")
-    trained_on = adapter.info.get("base_sha256")  # of a GGUF file
-    if trained_on is not None and isinstance(base, GgufFile):
-        found = hashlib.sha256(base.reader.data).hexdigest()  # without an adapter that is in the file
+    trained_on = adapter.info.get("base_sha256")
+    if trained_on is not None:
+        # a GGUF file counts without an adapter that is in it
+        found = hashlib.sha256(base.reader.data).hexdigest() if isinstance(base, GgufFile) else sha256_of(*base.files)
         if found != trained_on:
             different = different or f"adapter {adapter.name!r} was trained on another base"
             different += f". Its base has the sha256 {trained_on}, and {base.path.name} has {found}"
@@ -243,14 +245,14 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
                 changed += int((as_bytes(old) != as_bytes(new)).sum())
                 place = base.tensors[tensor]
                 replace(place, file=folder / place.file.name).write([new])
-        files = sorted({stored.file for stored in base.tensors.values()})
         pairs = [
-            [numpy.memmap(where / file.name, numpy.uint8, "r") for where in (file.parent, folder)] for file in files
+            [numpy.memmap(where / file.name, numpy.uint8, "r") for where in (file.parent, folder)]
+            for file in base.files
         ]
         if sum(_different(*pair) for pair in pairs) != changed:
             raise RuntimeError(f"{output} is not the base with the adapter: other bytes have changed too")
         merges = read_json(folder / MERGED) if (folder / MERGED).exists() else []
-        hashes = {file.name: sha256_of(file) for file in files}
+        hashes = {file.name: sha256_of(file) for file in base.files}
         merges.append({"base": model_name, "adapter": adapter.name, "sha256": hashes})
         (folder / MERGED).write_text(json.dumps(merges, indent=2) + "\n", encoding="utf-8")
     return (
@@ -365,18 +367,18 @@ class Kept:
     digest: str
 
     @classmethod
-    def of(cls, path: Path, suffix: str = PATCHED) -> "Kept | None":
+    def of(cls, path: Path, beside: Path | None = None) -> "Kept | None":
         """Read what is kept of a file; None if it is not patched.
 
         Args:
             path: The file.
-            suffix: :data:`PATCHED` for the adapter that is in the file, :func:`_earlier` for one that was.
+            beside: Where it is; default: of the adapter that is in the file. :func:`_earlier` is of one that was.
 
         Raises:
             ValueError: The file with the old bytes is damaged.
         """
         path = path.resolve()  # a link to a file has none beside it
-        beside = path.with_name(path.name + suffix)
+        beside = beside or path.with_name(path.name + PATCHED)
         if not beside.exists():
             return None
         try:
@@ -391,7 +393,7 @@ class Kept:
 
     def save_blocks(self) -> None:
         """Write the file beside, in one step and as one of an earlier switch, unless there is one."""
-        earlier = self.path.with_name(self.path.name + _earlier(self.digest))
+        earlier = _earlier(self.path, self.digest)
         if not earlier.exists():
             tensors = {
                 "adapter": numpy.frombuffer(self.adapter.encode(), numpy.uint8),
@@ -430,13 +432,13 @@ class Kept:
 
     def rename(self, is_in_file: bool) -> None:
         """Give the file beside the name that says whether the adapter is in the file, maybe in part."""
-        names = [self.path.with_name(self.path.name + name) for name in (_earlier(self.digest), PATCHED)]
+        names = [_earlier(self.path, self.digest), self.path.with_name(self.path.name + PATCHED)]
         os.replace(*(names if is_in_file else reversed(names)))
         _synchronize(self.path.parent)
 
 
-def _earlier(digest: str) -> str:
-    return f".s2ft-blocks-{digest[:16]}"
+def _earlier(path: Path, digest: str) -> Path:
+    return path.with_name(f"{path.name}.s2ft-blocks-{digest[:16]}")
 
 
 def patch(file: str | Path, adapter: str | Path) -> str:
@@ -487,9 +489,14 @@ def patch(file: str | Path, adapter: str | Path) -> str:
 
 
 def _of_earlier_switch(path: Path, digest: str, base: numpy.ndarray) -> Kept | None:
-    """What an earlier switch to an adapter has left; None if there is nothing, or it is damaged or of another base."""
-    with suppress(ValueError, IndexError):
-        kept = Kept.of(path, _earlier(digest))
+    """What an earlier switch to an adapter has left; None if there is nothing, or it is damaged or of another base.
+
+    None also where something else has changed the file since the last switch, see :func:`_in_file`: its hash must be
+    compared again.
+    """
+    earlier = _earlier(path, digest)
+    with suppress(ValueError, IndexError, FileNotFoundError):
+        kept = Kept.of(path, earlier) if earlier.stat().st_mtime_ns == path.stat().st_mtime_ns else None
         if kept is not None and all(numpy.array_equal(change.read(base), change.old) for change in kept.changes):
             return kept
     return None
@@ -503,7 +510,7 @@ def _computed(path: Path, folder: Path, digest: str, before: Kept | None) -> Kep
     if _new_template(file, saved) is not None:
         logger.warning("the chat template of %s is not the one that the adapter was trained with", path.name)
     changes = list(new_blocks(file, saved, merged_paths(file, saved)))
-    path.with_name(path.name + _earlier(digest)).unlink(missing_ok=True)  # of another base
+    _earlier(path, digest).unlink(missing_ok=True)  # of another base
     return Kept(path, changes, saved.name, digest)
 
 
@@ -564,7 +571,10 @@ def _undo(kept: Kept, data: numpy.memmap) -> None:
 
 
 def _in_file(path: Path, act: Callable[[numpy.memmap], Result]) -> Result:
-    """Return act(the bytes of a file, mapped for writing), if no other program has it open."""
+    """Return act(the bytes of a file, mapped for writing), if no other program has it open.
+
+    The files beside get the time of this change, by which a later one of another program is noticed.
+    """
     with open(path, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -574,10 +584,15 @@ def _in_file(path: Path, act: Callable[[numpy.memmap], Result]) -> Result:
             if error.errno == errno.EAGAIN:  # another error: the system can't tell, or not this user
                 raise ValueError(f"{path} is open in a program, whose model would change: stop it first") from None
         try:
-            return act(numpy.memmap(file, numpy.uint8, "r+"))
+            result = act(numpy.memmap(file, numpy.uint8, "r+"))
         except BaseException as error:
             clear_frames(error.__traceback__)  # else an interpreter that keeps the error keeps the file open
             raise
+    path, changed = path.resolve(), path.stat().st_mtime_ns
+    for beside in path.parent.glob(f"{escape(path.name)}.s2ft-*"):
+        with suppress(PermissionError):  # of another user: the next switch compares the hash
+            os.utime(beside, ns=(changed, changed))
+    return result
 
 
 def _synchronize(folder: Path) -> None:

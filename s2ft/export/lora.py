@@ -27,18 +27,8 @@ from s2ft.attached.loading import load_adapter
 from s2ft.attached.record import Record, check_fits, find_record, new_record, on_unwrapped, record_of
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import S2FTConfig, refuse
-from s2ft.files.plain_text import replace_file
-from s2ft.files.reading import (
-    FLOATS,
-    Entries,
-    check_finite,
-    json_entry,
-    open_file,
-    parse_json,
-    read_json,
-    read_tensors,
-    shortened,
-)
+from s2ft.files.plain_text import replace_file, shortened
+from s2ft.files.reading import FLOATS, Entries, check_finite, json_entry, open_file, parse_json, read_json, read_tensors
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, by_key, projections_of
 from s2ft.model.fingerprint import structure_of

@@ -1,1 +1,1 @@
-"""Files: reading files that may be damaged or hostile, replacing files in one step, and the formats of adapters."""
+"""Files that may be damaged or hostile, files replaced in one step, safetensors files, and the folder of an adapter."""

@@ -117,10 +117,11 @@ def reason_not_written(error: Exception) -> str | None:
     return f"a file could not be written ({text})" if any(word in text for word in WRITERS) else None
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
+def sha256_of(*paths: Path) -> str:
+    """The SHA-256 of a file's content, or of several files' one after the other, in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
     return digest.hexdigest()

@@ -2,10 +2,11 @@
 
 Nothing here runs code of a file, and nothing needs more memory than a few times the size of the file.
 
-The two files of an adapter's folder are replaced as one. A writer puts the new config next to the old one as a pending
-file, renames the new tensors into place, then renames the pending config over the config. The rename of the tensors is
-the moment from which the folder holds the new adapter. A reader takes the config whose ``tensors_sha256`` is that of
-the tensors file. A writer that is stopped at any point leaves the old adapter or the new one.
+The two files of an adapter's folder are replaced as one, see :func:`s2ft.adapter.native.write`. A writer puts the new
+config next to the old one as a pending file, renames the new tensors into place, then renames the pending config over
+the config. The rename of the tensors is the moment from which the folder holds the new adapter. A reader takes the
+config whose ``tensors_sha256`` is that of the tensors file. A writer that is stopped at any point leaves the old
+adapter or the new one.
 """
 
 import json
@@ -95,6 +96,12 @@ def read_all(file: BinaryIO, path: Path, limit: int) -> bytes:
     return file.read(size)  # a file that is growing is read up to this size
 
 
+def gguf_files(path: Path) -> list[Path]:
+    """The GGUF files that a path means as a model: itself, or those of a folder that has no other checkpoint."""
+    has_others = (path / "config.json").is_file() and any([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return [path] if path.suffix == ".gguf" else [] if has_others else sorted(path.glob("*.gguf"))
+
+
 # ---- JSON ----------------------------------------------------------------------------------------------
 
 
@@ -139,18 +146,12 @@ def no_constant(word: str) -> float:
     raise ValueError(f"{word} is not a number in JSON")
 
 
-def check_finite(name: str, values: Tensor) -> None:
-    """Raise ValueError if the values have a NaN or an infinite value. Values on the meta device are not checked."""
-    if not values.is_meta and not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{name} is not finite: it has NaN or infinite values")
-
-
 # ---- safetensors files, a tensor at a time --------------------------------------------------------------------------
 #
-# The safetensors library maps files into memory, whose pages count as memory of the process while they are read, and it
-# writes a file from tensors that are all in memory. Here a tensor is read into a buffer of its own, and a file is laid
-# out first and filled in any order. The format is eight bytes with the length of a JSON header, the header, and the
-# tensors' bytes one after the other.
+# For whole models. The safetensors library maps files into memory, whose pages count as memory of the process while
+# they are read, and it writes a file from tensors that are all in memory. Here a tensor is read into a buffer of its
+# own, and a file is laid out first and filled in any order. The format is eight bytes with the length of a JSON header,
+# the header, and the tensors' bytes one after the other.
 
 PIECE = 8 * 2**20  # bytes that are copied at a time
 MAX_HEADER = 512 * 2**20  # bytes; a file with a million tensors needs about 150 MiB
@@ -274,6 +275,12 @@ def _read_at(file: BinaryIO, start: int, size: int, path: Path) -> Tensor:
     if content.size < size:
         raise ValueError(f"{path} is truncated: it ends at byte {start + content.size:,}, inside a tensor")
     return torch.from_numpy(content)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError if the values have a NaN or an infinite value. Values on the meta device are not checked."""
+    if not values.is_meta and not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name} is not finite: it has NaN or infinite values")
 
 
 # ---- reading a file -------------------------------------------------------------------------------------
@@ -421,7 +428,7 @@ TENSORS = "s2ft_adapter.safetensors"
 PATCHED = ".s2ft-base"  # behind the name of a file that `s2ft patch` has changed: the file with the old bytes
 CONFIG = "s2ft_config.json"  # PEFT and AutoModel would load an adapter_config.json as their own
 PENDING = f"{CONFIG}.next"  # exists while the tensors are replaced, and after a writer was stopped
-OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
+OPTIONS, RUN = "config.yaml", "run.json"  # of a run: the options that the user gave, and all that determine the result
 KIND = "an S²FT adapter"
 WORD = r"[A-Za-z0-9][\w.\-]*"
 REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)  # org/name, org/name@revision on the hub
@@ -433,12 +440,6 @@ Read = TypeVar("Read")
 def is_patched(file: str) -> bool:
     """Whether `s2ft patch` has put an adapter into a file, which may be named by a link."""
     return os.path.exists(os.path.realpath(file) + PATCHED)
-
-
-def gguf_files(path: Path) -> list[Path]:
-    """The GGUF files that a path means as a model: itself, or those of a folder that has no other checkpoint."""
-    has_others = (path / "config.json").is_file() and any([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    return [path] if path.suffix == ".gguf" else [] if has_others else sorted(path.glob("*.gguf"))
 
 
 def has_adapter(directory: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Kinds of layers and their trainable layers, with one file for each kind.
+"""Kinds of layers and their trainable layers, with a file for each family of kinds.
 
-A new kind is one file, with its trainable layers and a subclass of :class:`Kind`, and its row in `KINDS`.
+A new kind is a subclass of :class:`Kind` with its trainable layers, a row in `KINDS`, and its class in `CLASSES`.
 """
 
 from s2ft.layers.base import S2Layer

@@ -143,7 +143,7 @@ torch.fx.node.has_side_effect(torch.ops.s2ft.check_held.default)
 
 # ---- one trainable layer --------------------------------------------------------------------------------------------
 
-UNITS = ("index", "first")  # buffers that say which units are selected
+UNITS = ("index", "first", "own", "places")  # buffers that say which units are selected
 
 
 class S2Layer(nn.Module):
@@ -503,8 +503,8 @@ class S2Layer(nn.Module):
             >>> layer.fused
             True
         """
-        if not self.enabled:
-            raise RuntimeError("this layer's adapter is off: call s2ft.set_adapter first")
+        if self.kind.read_only or not self.enabled:
+            raise RuntimeError(self.kind.read_only or "this layer's adapter is off: call s2ft.set_adapter first")
         self.write_before_next_forward()  # after an interrupt below, the next forward writes
         write_all([self])
 
@@ -596,6 +596,12 @@ class S2Layer(nn.Module):
         """The selected units, [n] int64, on the device of `s2`."""
         return torch.arange(self.start, self.end, device=self.s2.device) if self.index is None else self.index
 
+    @property
+    def own_units(self) -> int | Tensor:
+        """The selected units as the functions of a slice need them: the first one, or an index."""
+        index = self._buffers["index"]
+        return self.start if index is None else index
+
     def _units(self, weight: Tensor) -> Tensor:
         matrix = self.kind.view(weight.detach())
         if self.index is None:
@@ -604,8 +610,7 @@ class S2Layer(nn.Module):
 
     def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
         """What to write into a whole weight."""
-        units = self.start if self.index is None else self.index
-        return as_slices(self.kind.view(weight), *self._summands(cast(Tensor, self.base), s2), units, self.dim)
+        return as_slices(self.kind.view(weight), *self._summands(cast(Tensor, self.base), s2), self.own_units, self.dim)
 
     def _summands(self, base: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors whose sum the selected units get. `base` has the active loaded adapters, the file has not."""
@@ -717,7 +722,7 @@ class S2Layer(nn.Module):
         weight = self._parameters.get("weight")
         self._base_of = id(weight)
         if weight is not None:
-            own_memory(weight)
+            give_own_memory(weight)
             self._whole = stamp(local_part(weight))[1]
         if isinstance(self.base, Tensor) and weight is not None:
             self._written = (
@@ -747,7 +752,7 @@ class S2Layer(nn.Module):
         return units + ("" if self.enabled else ", off")
 
 
-def own_memory(weight: Tensor) -> None:
+def give_own_memory(weight: Tensor) -> None:
     """Give a weight memory of its own, since torch.multiprocessing sends tensors in memory that processes share."""
     if weight.device.type == "cpu" and not is_spread(weight) and weight.is_shared():
         weight.data = weight.data.clone()

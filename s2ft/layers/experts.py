@@ -291,8 +291,7 @@ def _batched_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 def _sorted_forward(self: Any, inputs: Tensor, expert_size: list[int]) -> Tensor:
     """JetMoE: one product of all experts. `inputs` [rows, width] are sorted, with expert_size rows for each."""
-    offsets = torch.tensor(expert_size, device=inputs.device).cumsum(0, dtype=torch.int32)
-    return project(self.weight, inputs, offsets)
+    return project(self.weight, inputs, torch.tensor(expert_size, device=inputs.device).cumsum(0, dtype=torch.int32))
 
 
 _FORWARDS: dict[str, Callable[..., Tensor]] = {
@@ -342,8 +341,7 @@ class ExpertsKind(Kind):
     def shard(self, shard: Shard, expert: int | None = None) -> Shard:
         weights, start = shard.tensor, cast("Sequence[Any]", shard.start)  # of a weight that is spread
         number = cast(int, expert) - start[0]
-        is_here = 0 <= number < weights.shape[0]
-        matrix = weights[number] if is_here else weights.new_empty(0, *weights.shape[2:])
+        matrix = weights[number] if 0 <= number < weights.shape[0] else weights.new_empty(0, *weights.shape[2:])
         start = start[1:]
         return Shard(matrix.t(), start[::-1]) if self.transposed else Shard(matrix, start)
 

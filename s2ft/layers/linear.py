@@ -1,8 +1,6 @@
-"""What S²FT has to know about a kind of layer, the product that all trainable layers run, and linear layers.
+"""What S²FT has to know about a kind of layer, the product of trainable layers in floating point, and linear layers.
 
-The file of each kind has a subclass of :class:`Kind`, which gives the formulas of its product. The weight holds base +
-s2. Numbers are those of the merged model, bit for bit, because the same functions see the same operands. Only what the
-gradient of the slice needs is kept of x (S²FT paper, section 3.3).
+A subclass of :class:`Kind` gives what its layers do otherwise than linear layers.
 """
 
 import math
@@ -25,6 +23,8 @@ from s2ft.ops.sliced import columns_to_keep, delta_gradient
 
 class Kind:
     """One kind of layer. This class itself describes a module that S²FT does not train.
+
+    The formulas of the product are those of a linear layer; the kinds of other layers have their own.
 
     In its methods `module` is a plain layer. `holder` is anything that has a weight of this kind: a plain layer, a
     trainable layer, or the parameter with the weights of all experts.
@@ -125,7 +125,7 @@ class Kind:
             return weight.index_copy(1 - dim, index, values.t())
         return self.view(weight).index_copy(dim, index, values).view(weight.shape)
 
-    def run_with_delta(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+    def run_with_delta(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         """Run a plain layer on its weight with a delta added, as PEFT's layers do.
 
         Args:
@@ -138,7 +138,7 @@ class Kind:
         Returns:
             The layer's output.
         """
-        raise NotImplementedError(self.name)
+        return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
 
     # ---- the product of a trainable layer, whose weight holds base + s2: see `product` below -----------------
 
@@ -151,11 +151,16 @@ class Kind:
             bias: The bias, or None.
             call: What else this call needs: the padding of a convolution, the rows of experts.
         """
-        raise NotImplementedError(self.name)
+        weight = weight.t() if self.transposed else weight
+        if weight.dtype is not x.dtype:  # autocast
+            weight = weight.to(x.dtype)
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
+        return own_output(F.linear(x.contiguous(), weight, bias))
 
     def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
         """What the gradient of s2 needs of x: x itself where outputs are trained, a copy of a part where inputs are."""
-        raise NotImplementedError(self.name)
+        return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer.s2.shape[1])
 
     def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
         """The gradient of x.
@@ -166,14 +171,14 @@ class Kind:
             shape: Shape of x.
             call: As in :meth:`run`.
         """
-        raise NotImplementedError(self.name)
+        return grad.contiguous() @ (weight.t() if self.transposed else weight).to(grad.dtype)
 
     def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         """The gradient of s2, given that of the output.
 
         If `plain`, nothing records or traces this call: the result may have the dtype of `grad`, and autograd casts it.
         """
-        raise NotImplementedError(self.name)
+        return delta_gradient(grad, kept, s2, layer.own_units, layer.dim, plain)
 
     def grad_of_bias(self, grad: Tensor) -> Tensor:
         """The gradient of the bias, given that of the output [..., outputs]."""
@@ -224,6 +229,9 @@ def kind_of(found: Any) -> Kind:
 
 
 # ---- the product of a trainable layer -------------------------------------------------------------------------------
+#
+# The weight holds base + s2. Numbers are those of the merged model, bit for bit, because the same functions see the
+# same operands. Only what the gradient of the slice needs is kept of x (S²FT paper, section 3.3).
 
 
 def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
@@ -378,8 +386,9 @@ class S2Linear(S2Layer):
         self.transposed = CONV1D.matches(module)
         self.out_features, self.in_features = self.kind.shape(module)
         if type(module) is not nn.Linear:  # other modules may read the settings of a derived class
-            own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-            self.__dict__.update({name: value for name, value in own.items() if name not in vars(self)})
+            self.__dict__.update(  # accelerate may have replaced the forward
+                {key: one for key, one in vars(module).items() if key[0] != "_" and key not in ("forward", *vars(self))}
+            )
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as nn.Linear does, and `s2` with zeros."""
@@ -437,19 +446,6 @@ class S2RowLinear(S2Linear):
     dim = 1
 
 
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether something else runs when the module is called: hooks, another forward, or a compiled one."""
-    own = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in own or own.get("_compiled_call_impl") is not None or any(own[name] for name in hooks)
-
-
-def _units(layer: Any) -> int | Tensor:
-    """The selected units as the functions of a slice need them: the first one, or an index."""
-    index = layer._buffers["index"]
-    return layer.start if index is None else index
-
-
 class LinearKind(Kind):
     """nn.Linear."""
 
@@ -461,26 +457,6 @@ class LinearKind(Kind):
         return type(found) is nn.Linear and not (
             is_split(found) or type(found.weight.data).__module__.startswith("torchao.")
         )
-
-    def run_with_delta(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
-        return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any) -> Tensor:
-        weight = weight.t() if self.transposed else weight
-        if weight.dtype is not x.dtype:  # autocast
-            weight = weight.to(x.dtype)
-        if bias is not None and bias.dtype is not x.dtype:
-            bias = bias.to(x.dtype)
-        return own_output(F.linear(x.contiguous(), weight, bias))
-
-    def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
-        return x if layer.dim == 0 else columns_to_keep(x, _units(layer), layer.s2.shape[1])
-
-    def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
-        return grad.contiguous() @ (weight.t() if self.transposed else weight).to(grad.dtype)
-
-    def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
-        return delta_gradient(grad, kept, s2, _units(layer), layer.dim, plain)
 
 
 class Conv1DKind(LinearKind):
@@ -497,6 +473,13 @@ def is_conv1d(found: Any, derived: bool = True) -> bool:
     """Whether a module is transformers' Conv1D, or of a class derived from it. Nothing is imported for that."""
     classes = type(found).__mro__ if derived else (type(found),)
     return any(one.__name__ == "Conv1D" and one.__module__ == "transformers.pytorch_utils" for one in classes)
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether something else runs when the module is called: hooks, another forward, or a compiled one."""
+    own = module.__dict__
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in own or own.get("_compiled_call_impl") is not None or any(own[name] for name in hooks)
 
 
 def is_split(found: nn.Linear) -> bool:

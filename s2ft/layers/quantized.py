@@ -74,10 +74,6 @@ class S2QuantizedLinear(S2Layer):
         delta = self.s2 if self.rounding is None else self.rounding.delta(self.s2)
         return quantized_forward(self.linear, input, delta, self.selected_units(), self.dim)
 
-    def fuse(self) -> None:
-        """Raise RuntimeError: a quantized weight can't be written."""
-        raise RuntimeError(NO_FUSE)
-
 
 class S2QuantizedColumn(S2QuantizedLinear):
     """Quantized linear layer that trains outputs."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import Split, local_part, split_of
-from s2ft.layers.base import S2Layer, stamp
+from s2ft.layers.base import S2Layer, beside, stamp
 from s2ft.layers.linear import LinearKind, S2Linear, is_split, product
 from s2ft.ops.sliced import columns_to_keep, delta_gradient
 
@@ -48,8 +48,8 @@ class S2SplitLinear(S2Linear):
             mine, places = self.split.own_elements, units
         is_range = places.numel() and torch.equal(places, torch.arange(places.numel(), device="cpu") + places[0])
         self.first: Any = int(places[0]) if is_range else None
-        self.register_buffer("own", mine.to(self.weight.device), persistent=False)
-        self.register_buffer("places", places.to(self.weight.device), persistent=False)
+        self.register_buffer("own", beside(mine, self.weight), persistent=False)
+        self.register_buffer("places", beside(places, self.weight), persistent=False)
 
     def install(self, style: Any) -> None:
         """Install transformers' parallel style around the forward, as it was around that of the plain layer."""

@@ -303,6 +303,15 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
     return PackedFolder(config.parent, open_checkpoint(source).tensors, settings) if has_codecs(settings) else None
 
 
+def packed_files(source: str) -> list[Path]:
+    """The files of a base on this machine whose weights are packed: a .gguf file, or those of a folder; else none."""
+    with suppress(OSError, ValueError):  # a base that can't be read any more must not stop a save
+        base = packed_base(source) if os.path.isdir(source) else None
+        if isinstance(base, PackedFolder):
+            return base.files
+    return [Path(source)] if source.endswith(".gguf") and os.path.isfile(source) else []
+
+
 def is_here(source: str) -> bool:
     """Whether a file, a folder or a name on the hub can be opened without a network."""
     if Path(source).expanduser().exists():

@@ -4,6 +4,7 @@ The units of a coupling go from its producers to its consumer: unit i of a produ
 consumer's inputs. So both sides can be put in a new order together, and the model still computes the same.
 
 A linear layer that shares its units with no other layer is a one-sided coupling: one projection, trained in place.
+The end of the file has what goes by the names of projections.
 """
 
 import hashlib
@@ -666,16 +667,16 @@ def _check_numbers(thing: Any, where: str, of: str, **least: int) -> None:
 # ---- projections by name, and values by a key -----------------------------------------------------------------------
 
 WORD = r"[\w\-]+"
-PROJECTION = re.compile(rf"{WORD}(?:\.{WORD})*(?:\[[0-9]{{1,9}}\])?(?:\.[a-z])?")
+PROJECTION_NAME = re.compile(rf"{WORD}(?:\.{WORD})*(?:\[[0-9]{{1,9}}\])?(?:\.[a-z])?")
 
 
-def check_projection(name: Any, where: str) -> None:
+def check_projection_name(name: Any, where: str) -> None:
     """Raise ValueError unless `name` is a projection's name: words separated by dots, then any expert's number."""
-    if not isinstance(name, str) or len(name) > MAX_NAME or not PROJECTION.fullmatch(name):
+    if not isinstance(name, str) or len(name) > MAX_NAME or not PROJECTION_NAME.fullmatch(name):
         raise ValueError(f"{where}: {shortened(name)} is not the name of a projection")
 
 
-def check_parameter(name: Any, where: str) -> None:
+def check_parameter_name(name: Any, where: str) -> None:
     """Raise ValueError unless `name` is a parameter's name: words separated by dots."""
     if not isinstance(name, str) or len(name) > MAX_NAME or not re.fullmatch(rf"{WORD}(?:\.{WORD})*", name):
         raise ValueError(f"{where}: {shortened(name)} is not the name of a parameter")

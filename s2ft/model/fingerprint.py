@@ -149,7 +149,10 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """
     mine, other = ours["layers"], theirs["layers"]
     if mine.keys() != other.keys():
-        return f"{len(other)} layers against this model's {len(mine)}"
+        return (
+            f"{len(other)} layers against this model's {len(mine)}, and layer {min(mine.keys() ^ other.keys())} is in "
+            "one of them alone"
+        )
     # Two quantized ones are compared by samples too: devices round differently, and scales may be quantized.
     quantized = any(fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs))
     exact = ours["dtype"] == theirs["dtype"] and not quantized

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
-from s2ft.model.coupling import Coupling, Projection, Vector, check_projection, checked_couplings, in_one_weight
+from s2ft.model.coupling import Coupling, Projection, Vector, check_projection_name, checked_couplings, in_one_weight
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.proposals import LayerMap
 from s2ft.model.families import decoders, named
@@ -160,8 +160,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         return own and any(isinstance(child, nn.Linear) for child in module.modules())
 
     language = config_of(model).get_text_config(decoder=True).model_type
-    parts = outermost(model, is_part).items()
-    return iter(sorted(parts, key=lambda part: config_of(part[1]).model_type != language))
+    return iter(sorted(outermost(model, is_part).items(), key=lambda part: config_of(part[1]).model_type != language))
 
 
 def _layers_used(model: nn.Module, part: nn.Module) -> int | float:
@@ -384,7 +383,7 @@ def check_shapes(model: nn.Module, couplings: list[Coupling]) -> None:
     """
     for coupling in couplings:
         for projection in coupling.projections:
-            check_projection(projection.name, "couplings")  # else a trained adapter could not be saved
+            check_projection_name(projection.name, "couplings")  # else a trained adapter could not be saved
             _check_projection(model, projection)
         for vector in coupling.vectors:
             _check_vector(model, vector, {projection.count for projection in coupling.producers})

@@ -119,7 +119,7 @@ class Selection:
             True
         """
         content = {"schema": SCHEMA, "units": self.to_dict(), "digest": self.digest}
-        replace_file(Path(path), json.dumps(content).encode())
+        replace_file(Path(path).expanduser(), json.dumps(content).encode())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Selection":
@@ -141,7 +141,7 @@ class Selection:
             >>> s2ft.Selection.load("adapter")["model.layers.1.mlp.down_proj"].numel()
             3
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.is_dir():
             return read_folder(own_folder(path), _of_adapter)
         content = _read_object(path, "a selection")
@@ -175,15 +175,19 @@ def span(sizes: list[int]) -> str:
 
 
 def with_units(config: S2FTConfig) -> S2FTConfig:
-    """Check that a config is one, and return it with the units themselves if it has the path of a file of them.
+    """Check that a config is one, and return it with units themselves where it has the path of a file of them.
 
     Raises:
         TypeError: It is not an S2FTConfig.
     """
     if not isinstance(config, S2FTConfig) or hasattr(config, "peft_type"):  # PEFT's has fields that no folder takes
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    units = Selection.load(config.units).to_dict() if isinstance(config.units, str) else config.units
-    return replace(config, units=units)  # a copy, so that the caller may change its own
+    read: Any = {
+        one: Selection.load(getattr(config, one)).to_dict()
+        for one in ("units", "exclude")
+        if isinstance(getattr(config, one), str)
+    }
+    return replace(config, **read)  # a copy, so that the caller may change its own
 
 
 def unit_tensors(units: Any, what: str) -> dict[str, Tensor]:

@@ -144,6 +144,8 @@ class Run:
 
     def for_model(self, model) -> "Run":
         """Return the run with the ratio and the layout that follow from the model, unless the user set them."""
+        if model.name_or_path.endswith(".gguf") and not self.model.keep_packed:
+            self.say(f"the file's weights are unpacked to {str(model.dtype)[6:]}: --keep-packed keeps them packed")
         if self.config.codec == "none" and model.name_or_path.endswith(".gguf"):
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
         return replace(self, config=fit_layout(with_default_ratio(self.config, model), model, "layout" in self.given))

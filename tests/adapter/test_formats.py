@@ -330,3 +330,6 @@ def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(api, tmp_
     api.download.side_effect = OSError("404 Client Error.\nRepository Not Found for url")
     with pytest.raises(FileNotFoundError, match="org/none doesn't exist as a folder, and the hub.*404 Client Error.$"):
         resolve("org/none")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    native.write(read_adapter(GOLDEN / "schema-1"), "~/mine")
+    assert native.read(tmp_path / "mine").name == read_adapter("~/mine").name

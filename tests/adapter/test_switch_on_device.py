@@ -69,6 +69,8 @@ def test_a_switch_waits_for_nothing(layout):
 
 def test_an_adapter_with_a_device_of_its_own_stays_there():
     model = loaded(device="cpu")
+    s2ft.load_adapter(model, s2ft.get_adapter(model, "a"), "c", active=False)
+    assert s2ft.get_adapter(model, "c").device is None
     with on_gpu(model):
         for adapter in "ab":
             s2ft.set_adapter(model, adapter)

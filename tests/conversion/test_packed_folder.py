@@ -25,6 +25,7 @@ RATIOS = {"q_ratio": 0.5, "o_ratio": 0.5, "u_ratio": 0.25, "d_ratio": 0.25}
 FORMATS = {
     "int4": partial(compress, num_bits=4, type="int", strategy="group", group_size=32),
     "int4 with zeros": partial(compress, num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
+    "int8 by group": partial(compress, num_bits=8, type="int", strategy="group", group_size=32),
     "int8": partial(compress, num_bits=8, type="int", strategy="channel"),
     "fp8": partial(compress, num_bits=8, type="float", strategy="tensor"),
     "fp8 by channel": partial(compress, num_bits=8, type="float", strategy="channel"),
@@ -155,15 +156,15 @@ def test_bad_input_leaves_nothing(int8, tmp_path, mistake, words):
     assert not (tmp_path / "tuned").exists()
 
 
-def test_an_adapter_of_a_quantized_base_is_not_merged_into_a_relative_of_it(tmp_path):
-    s2ft.save_adapter(trained(make_base(tmp_path, "nf4")), tmp_path / "adapter")
-    model = load_model(str(tmp_path / "checkpoint"), "float32")[0]
-    for weight in (one for one in model.parameters() if one.dim() == 2):
-        weight.data.add_(torch.randn_like(weight), alpha=0.3 * float(weight.std()))
-    model.save_pretrained(tmp_path / "checkpoint")
-    relative = to_nf4(tmp_path / "checkpoint", tmp_path / "relative", nested=False)
-    with pytest.raises(ValueError, match="trained on another base"):
-        export_packed(str(relative), tmp_path / "adapter", tmp_path / "tuned")
+@pytest.mark.parametrize("form", ("nf4", "int8"))
+def test_an_adapter_is_not_merged_into_a_base_that_differs_in_a_norm(form, tmp_path):
+    base = make_base(tmp_path, form)
+    s2ft.save_adapter(trained(base), tmp_path / "adapter")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][-1] *= 2
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="trained on another base. Its base has the sha256 .*, and base has"):
+        export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused(int8, tmp_path):

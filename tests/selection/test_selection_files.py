@@ -33,7 +33,12 @@ def test_round_trip(units, tmp_path_factory):
 def test_loading_from_an_adapter_folder(tmp_path):
     model = with_adapter(model_of("llama"), s2ft.S2FTConfig(**ALL_RATIOS))
     s2ft.save_adapter(model, tmp_path)
-    assert Selection.load(tmp_path) == record_of(model).selection
+    excluding = with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.1, exclude=str(tmp_path)))
+    assert (
+        record_of(excluding).config.exclude
+        == Selection.load(tmp_path).to_dict()
+        == record_of(model).selection.to_dict()
+    )
     config = json.loads((tmp_path / "s2ft_config.json").read_text())
     config["projections"]["model.layers.0.mlp.down_proj"]["units"][0] = 3
     (tmp_path / "s2ft_config.json").write_text(json.dumps(config))

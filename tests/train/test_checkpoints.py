@@ -99,8 +99,7 @@ def test_a_parameter_outside_of_the_model_is_resumed_too(tmp_path):
 
     first, second = attached(), attached()
     ours(first, tmp_path, optimizers=optimizers(first)).train()
-    resumed = ours(second, tmp_path, optimizers=optimizers(second))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    ours(second, tmp_path, optimizers=optimizers(second)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same(first, second)
 
 

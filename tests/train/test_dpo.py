@@ -35,8 +35,7 @@ def run(path, config=s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25), resume=False, o
     folder.begin({}, resume)
     found = Dataset.from_list([{**pair(row, {}), "tools": None, "place": "row"} for row in ROWS])
     rows = encode_pairs(found, tokenizer, prompt_format(tokenizer), max_length=100).dataset
-    given = arguments(path, **changes)
-    dpo(model, tokenizer, rows, given, folder, resume=resume, options=options, held_out=None)
+    dpo(model, tokenizer, rows, arguments(path, **changes), folder, resume=resume, options=options, held_out=None)
     return model, folder
 
 

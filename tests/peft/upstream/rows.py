@@ -277,8 +277,8 @@ def _takes_rows(item: pytest.Item) -> bool:
 def under_loras_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     common = importlib.import_module("tests.testing_common")
     monkeypatch.setattr(common, "_skip_if_conv1d_not_supported", lambda *args: None)  # S²FT takes Conv1D
-    decoder = importlib.import_module("tests.test_decoder_models")  # what it skips and changes is for BEFT alone
-    monkeypatch.setattr(decoder, "check_beft_config", lambda *args: None)
+    # what it skips and changes is for BEFT alone
+    monkeypatch.setattr("tests.test_decoder_models.check_beft_config", lambda *args: None)
     for module, names in PRETEND.get(request.node.originalname, {}).items():
         for name, value in names.items():
             monkeypatch.setattr(importlib.import_module(module), name, value)
