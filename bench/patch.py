@@ -75,6 +75,7 @@ def kills(file: Path, adapters: list[Path], count: int, slowest: float) -> int:
     """Kill a process that switches, `count` times. Returns how often a switch was cut."""
     base, cut, moments = digest(file), 0, random.Random(0)
     for number in range(count):
+        [patch(file, adapter) for adapter in adapters], undo(file)  # after a kill their blocks are computed again
         child = os.fork()
         if child == 0:
             while True:

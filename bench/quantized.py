@@ -135,7 +135,8 @@ class Bench:
 
     def table(self) -> None:
         """Print the mean accuracy and loss of each method over the seeds, and the share of the gain in 16 bits."""
-        found = by_key(((one["method"], one["type"]), (one["accuracy"], one["loss"])) for one in self.lines)
+        lines = (one for one in self.lines if one["steps"] == self.args.steps)
+        found = by_key(((one["method"], one["type"]), (one["accuracy"], one["loss"])) for one in lines)
         means = {key: [sum(values) / len(values) for values in zip(*pairs)] for key, pairs in found.items()}
         for (method, kind), (accuracy, loss) in sorted(means.items()):
             base, best = means["base", kind], means["16 bits", kind]
@@ -204,7 +205,7 @@ def main() -> None:
             return bench.table()
         for seed in args.seeds if args.original else ():
             merged = bench.train("Q4_1", "lora", seed).merge_and_unload()
-            for kind in args.types:
+            for kind in (one for one in args.types if not bench.has(one, "LoRA first", seed)):
                 bench.load(bench.quantized_again(kind, merged))
                 bench.score(kind, "LoRA first", seed, bench.model)
         for kind in () if args.original else args.types:

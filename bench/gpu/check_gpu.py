@@ -333,8 +333,7 @@ def ncu(work: Work) -> GpuStage:
     if not program.exists():
         return GpuStage("ncu", NOT_RUN, "the stage sanitizers builds the program that it runs")
     chosen = ["--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis"]
-    command = [tool, "--clock-control", "none", *chosen, "-c", "40", str(program), "--large"]
-    done = work.run("ncu", command, 60)
+    done = work.run("ncu", [tool, "--clock-control", "none", *chosen, "-c", "40", str(program), "--large"], 60)
     if "ERR_NVGPUCTRPERM" in done.text:
         return GpuStage("ncu", NOT_RUN, "this machine does not allow its users to read the counters", done.text)
     return outcome("ncu", done)

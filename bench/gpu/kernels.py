@@ -173,8 +173,7 @@ def slice_cases(sizes: Sizes, device: str) -> Iterator[KernelCase]:
 
 def two_products(x: Tensor, weight: Tensor, delta: Tensor, start: int) -> Tensor:
     """The delta's own product, added to the output. Its rounding is not that of the merged weight."""
-    units = delta.shape[1]
-    return F.linear(x, weight).addmm_(x[:, start : start + units], delta.to(x.dtype).t())
+    return F.linear(x, weight).addmm_(x[:, start : start + delta.shape[1]], delta.to(x.dtype).t())
 
 
 def lora_rivals(x: Tensor, weights: list[Tensor], device: str) -> dict[str, list[Call]]:

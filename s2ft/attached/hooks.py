@@ -484,7 +484,7 @@ def save_pretrained(
         raise ValueError("push_to_hub must be False while an adapter is trained: use s2ft.push_to_hub(model, repo_id)")
     if not is_main_process:
         return
-    directory, record = Path(save_directory), record_of(self)
+    directory, record = Path(save_directory).expanduser(), record_of(self)
     if state_dict == {} and any(map(is_partitioned, record.slices.values())):  # the plain Trainer, which did not gather
         logger.warning(NOT_GATHERED, directory)
         return

@@ -202,7 +202,7 @@ def mount(model: nn.Module, record: Record, config: S2FTConfig, selection: Selec
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
     record.structure = structure_of(model, record.couplings, selection.units)
-    # in one statement, so that an interrupt finds the name with the rest
+    # the name last, so that an interrupt finds the rest with it
     record.selection, record.config, record.trainable = selection, config, name
     _make_layers(model, record, trained, moves, config, selection)
     mount_layers(model, record, extra_names)
@@ -535,7 +535,7 @@ def make_plain(model: nn.Module, record: Record) -> nn.Module:
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
     remove_record_and_hooks(model)
     for mounted in record.mounts.values():  # a graph may keep the layer: an optimizer's step would write its slice
-        mounted.layer.base = None
+        mounted.layer.base, mounted.layer.enabled = None, False
     return model
 
 

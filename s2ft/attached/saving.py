@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -18,9 +18,8 @@ from s2ft.attached.active import extra_parameters, extra_values, mounted_deltas
 from s2ft.attached.record import Record, check_known, on_unwrapped, record_of, unwrapped
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
-from s2ft.files.plain_text import sha256_of
 from s2ft.files.reading import adapter_folder, is_patched
-from s2ft.model.checkpoint import packed_files
+from s2ft.model.checkpoint import packed_hash
 from s2ft.selection import Selection
 
 
@@ -78,16 +77,10 @@ def model_info(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     base = getattr(config, "_name_or_path", None) or None
     info = {"base_model": base, "model_type": getattr(config, "model_type", None)}
-    files = packed_files(base) if base and not is_patched(base) else []  # it may have been patched since it was loaded
-    if files:
-        info["base_sha256"] = _sha256(*((file, file.stat().st_mtime_ns) for file in files))
+    if base and not is_patched(base) and (found := packed_hash(base)):  # it may have been patched since it was loaded
+        info["base_sha256"] = found
     dtype = getattr(model, "dtype", None)
     return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
-
-
-@cache
-def _sha256(*files: tuple[Path, int]) -> str:  # once for each change of files of gigabytes
-    return sha256_of(*(path for path, _ in files))
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -155,9 +148,11 @@ def with_saved(
     record = record_of(model)
     name = record.default_name if name is None else name
     adapter = get_adapter(model, name, state)
-    adapter = replace(adapter, info={**model_info(model), **adapter.info, **(info or {})})  # the loaded one stays
     ranks = _ranks_to_wait_for(model, record) if name == record.trainable and state is None else None
-    run_on_first_rank(what, ranks, lambda: act(adapter))
+    # a copy, for the loaded one stays; on the first rank alone, because the base may be hashed
+    run_on_first_rank(
+        what, ranks, lambda: act(replace(adapter, info={**model_info(model), **adapter.info, **(info or {})}))
+    )
 
 
 @on_unwrapped

@@ -154,7 +154,7 @@ def run_combine(job: CombineArguments) -> None:
     from s2ft.attached.loading import read_adapter
 
     weights = job.weights or [1.0] * len(job.adapters)
-    output = Path(job.output)
+    output = Path(job.output).expanduser()
     if len(weights) != len(job.adapters):
         raise ValueError(f"there are {len(job.adapters)} adapters and {len(weights)} weights: give one weight for each")
     if output.exists():

@@ -179,8 +179,8 @@ def _run(command: str, words: list[str]) -> None:
 
             run(command, words)
         else:
-            module = importlib.import_module(f"s2ft.cli.{MODULES.get(command, command)}")  # only the chosen one
-            getattr(module, f"run_{command}")(words)
+            module = f"s2ft.cli.{MODULES.get(command, command)}"  # only the chosen one is imported
+            getattr(importlib.import_module(module), f"run_{command}")(words)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, KeyboardInterrupt):

@@ -551,7 +551,7 @@ def new_file(name: str | None) -> Path | None:
         FileExistsError: The file exists.
         FileNotFoundError: Its folder does not exist.
     """
-    output = Path(name) if name else None
+    output = Path(name).expanduser() if name else None
     if output:
         check_output(output)
     return output

@@ -136,8 +136,7 @@ class Q6K(KQuant):
     """Q6_K: one scale for 256 weights, and scales of 8 bits for 16."""
 
     def read_scales(self, data: Tensor) -> Scales:
-        scale = data[..., 192:208].contiguous().view(torch.int8).float() * halves(data, 208)
-        return (scale.flatten(-2)[..., None],)
+        return ((data[..., 192:208].contiguous().view(torch.int8).float() * halves(data, 208)).flatten(-2)[..., None],)
 
 
 def halves(data: Tensor, place: int) -> Tensor:

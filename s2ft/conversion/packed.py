@@ -39,7 +39,7 @@ from s2ft.conversion import ollama
 from s2ft.export.streamed import temporary_folder, temporary_place
 from s2ft.files.plain_text import check_output, replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, PATCHED, PIECE, as_bytes, check_finite, read_bytes, read_json, resolve
-from s2ft.model.checkpoint import packed_base
+from s2ft.model.checkpoint import hash_of_files, packed_base
 from s2ft.model.coupling import by_key
 from s2ft.model.fingerprint import TOLERANCE, covered, sampled
 from s2ft.model.weights import Delta
@@ -135,7 +135,9 @@ def _check_base(base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: tor
     trained_on = adapter.info.get("base_sha256")
     if trained_on is not None:
         # a GGUF file counts without an adapter that is in it
-        found = hashlib.sha256(base.reader.data).hexdigest() if isinstance(base, GgufFile) else sha256_of(*base.files)
+        found = (
+            hashlib.sha256(base.reader.data).hexdigest() if isinstance(base, GgufFile) else hash_of_files(base.files)
+        )
         if found != trained_on:
             different = different or f"adapter {adapter.name!r} was trained on another base"
             different += f". Its base has the sha256 {trained_on}, and {base.path.name} has {found}"
@@ -328,8 +330,7 @@ def _copy(base: GgufFile, file: BinaryIO, values: dict[str, str], template: str 
         del metadata[field.offset : field.offset + sum(part.nbytes for part in field.parts)]
     for key, text in values.items():
         metadata += _string(key) + STRING.to_bytes(4, "little") + _string(text)
-    entries = int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values) - len(old)
-    metadata[16:24] = entries.to_bytes(8, "little")
+    metadata[16:24] = (int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values) - len(old)).to_bytes(8, "little")
     head = bytes(metadata) + data[first.offset : last.offset + sum(part.nbytes for part in last.parts)].tobytes()
     head += b"\0" * (-len(head) % int(reader.alignment))
     file.write(head)
@@ -403,6 +404,7 @@ class Kept:
             for number, change in enumerate(self.changes):
                 tensors |= {f"{number}.{part}": numpy.ascontiguousarray(getattr(change, part)) for part in PARTS}
             replace_file(earlier, save(tensors))
+            os.utime(earlier, ns=2 * (self.path.stat().st_mtime_ns,))  # it is of the file as it is now
 
     def is_whole(self, data: numpy.ndarray) -> bool:
         """Whether all of the new bytes are in the file.
@@ -465,7 +467,7 @@ def patch(file: str | Path, adapter: str | Path) -> str:
         raise ValueError(f"{path} is one of several names of a file: copy it, and patch the copy")
     digest = _digest(folder)
 
-    def write(data: numpy.memmap) -> Kept:
+    def write(data: numpy.memmap, flush: Callable[[numpy.memmap], None]) -> Kept:
         before = Kept.of(path)
         base = numpy.memmap(path, numpy.uint8, "c")  # as it is without the adapter, in this process alone
         if before is not None:
@@ -476,11 +478,11 @@ def patch(file: str | Path, adapter: str | Path) -> str:
         if made is not before:
             made.save_blocks()  # all that needs room on the disk, before anything changes
             if before is not None:
-                _undo(before, data)
+                _undo(before, data, flush)
             made.rename(is_in_file=True)
         for change in made.changes:
             change.write(data, change.new)
-        data.flush()
+        flush(data)
         return made
 
     made = _in_file(path, write)
@@ -538,12 +540,12 @@ def undo(file: str | Path) -> str:
     """
     path = gguf_path(str(file))
 
-    def restore(data: numpy.memmap) -> str:
+    def restore(data: numpy.memmap, flush: Callable[[numpy.memmap], None]) -> str:
         kept = Kept.of(path)
         if kept is None:
             raise ValueError(f"{path} is not patched: there is no {path.name}{PATCHED}")
         whole = kept.is_whole(data)
-        _undo(kept, data)
+        _undo(kept, data, flush)
         return f"{'' if whole else 'parts of '}adapter {kept.adapter!r}"
 
     return f"{path}: the base's bytes are back in place of {_in_file(path, restore)}"
@@ -559,21 +561,22 @@ def state(file: str | Path) -> str:
     return f"{path} has adapter {kept.adapter!r}" + ("" if whole else ", not all of it: s2ft patch --undo")
 
 
-def _undo(kept: Kept, data: numpy.memmap) -> None:
+def _undo(kept: Kept, data: numpy.memmap, flush: Callable[[numpy.memmap], None]) -> None:
     """Put the old bytes back, after :meth:`Kept.is_whole`."""
     if not os.access(kept.path.parent, os.W_OK):
         raise PermissionError(
             f"{kept.path.parent} is read-only, and the file beside {kept.path.name} gets another name"
         )
     kept.put_back(data)
-    data.flush()
+    flush(data)
     kept.rename(is_in_file=False)
 
 
-def _in_file(path: Path, act: Callable[[numpy.memmap], Result]) -> Result:
-    """Return act(the bytes of a file, mapped for writing), if no other program has it open.
+def _in_file(path: Path, act: Callable[[numpy.memmap, Callable[[numpy.memmap], None]], Result]) -> Result:
+    """Return act(the bytes of a file, mapped for writing; what writes them to the disk), if no program has it open.
 
-    The files beside get the time of this change, by which a later one of another program is noticed.
+    Files beside that are of the file as it is have its time of change, and get its new one at each flush. So a file
+    with another time was changed by something else since.
     """
     with open(path, "r+b") as file:
         try:
@@ -583,16 +586,20 @@ def _in_file(path: Path, act: Callable[[numpy.memmap], Result]) -> Result:
         except OSError as error:
             if error.errno == errno.EAGAIN:  # another error: the system can't tell, or not this user
                 raise ValueError(f"{path} is open in a program, whose model would change: stop it first") from None
+        times, beside = [path.stat().st_mtime_ns], f"{escape(path.resolve().name)}.s2ft-*"
+
+        def flush(data: numpy.memmap) -> None:
+            data.flush()
+            times.append(path.stat().st_mtime_ns)
+            for kept in (one for one in path.resolve().parent.glob(beside) if one.stat().st_mtime_ns in times):
+                with suppress(OSError):  # of another user: the next switch compares the hash
+                    os.utime(kept, ns=2 * (times[-1],))
+
         try:
-            result = act(numpy.memmap(file, numpy.uint8, "r+"))
+            return act(numpy.memmap(file, numpy.uint8, "r+"), flush)
         except BaseException as error:
             clear_frames(error.__traceback__)  # else an interpreter that keeps the error keeps the file open
             raise
-    path, changed = path.resolve(), path.stat().st_mtime_ns
-    for beside in path.parent.glob(f"{escape(path.name)}.s2ft-*"):
-        with suppress(PermissionError):  # of another user: the next switch compares the hash
-            os.utime(beside, ns=(changed, changed))
-    return result
 
 
 def _synchronize(folder: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import load_adapter
 from s2ft.attached.record import Record, check_fits, find_record, new_record, on_unwrapped, record_of
-from s2ft.attached.saving import get_adapter, model_info
+from s2ft.attached.saving import get_adapter
 from s2ft.config import S2FTConfig, refuse
 from s2ft.files.plain_text import replace_file, shortened
 from s2ft.files.reading import FLOATS, Entries, check_finite, json_entry, open_file, parse_json, read_json, read_tensors
@@ -186,7 +186,7 @@ def _config(model: nn.Module, paths: list[str], rank: int, base: str | None) -> 
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
-        "base_model_name_or_path": base or model_info(model)["base_model"],
+        "base_model_name_or_path": base or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

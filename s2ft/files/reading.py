@@ -542,7 +542,7 @@ def resolve(directory_or_repo, **options) -> Path:
     path = Path(directory_or_repo).expanduser()
     if path.exists() or not isinstance(directory_or_repo, str) or not REPOSITORY.fullmatch(directory_or_repo):
         return adapter_folder(path)
-    from huggingface_hub import snapshot_download  # imported here, because `import s2ft` is faster so
+    from huggingface_hub import snapshot_download  # only where it is needed
 
     repo_id, _, revision = directory_or_repo.partition("@")
     try:

@@ -15,7 +15,7 @@ from s2ft.layers.linear import CONV1D, Kind, LinearKind, is_conv1d
 from s2ft.ops._library import transforms_active
 from s2ft.ops.sliced import DTYPES
 
-OWN_NAMES = ("s2", "index", "base", "start", "end", "enabled", "dim", "kind", "kinds", "transposed", "plain")
+OWN_NAMES = tuple("s2 index base start end enabled dim kind kinds transposed plain own_units".split())
 FALCON = ("FalconLinear", "modeling_falcon")  # its forward computes the same as nn.Linear's, in two steps
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder, has_codecs
 from s2ft.distributed import full_shape
+from s2ft.files.plain_text import sha256_of
 from s2ft.files.reading import StoredTensor, gguf_files, read_json, stored_tensors
 from s2ft.model.coupling import by_key
 
@@ -303,13 +304,24 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
     return PackedFolder(config.parent, open_checkpoint(source).tensors, settings) if has_codecs(settings) else None
 
 
-def packed_files(source: str) -> list[Path]:
-    """The files of a base on this machine whose weights are packed: a .gguf file, or those of a folder; else none."""
+def packed_hash(source: str) -> str | None:
+    """The hash of the files of a base on this machine whose weights are packed; None for any other base."""
+    path = Path(source).expanduser()
     with suppress(OSError, ValueError):  # a base that can't be read any more must not stop a save
-        base = packed_base(source) if os.path.isdir(source) else None
-        if isinstance(base, PackedFolder):
-            return base.files
-    return [Path(source)] if source.endswith(".gguf") and os.path.isfile(source) else []
+        base = packed_base(source) if path.is_dir() and not gguf_files(path) else None
+        files = base.files if isinstance(base, PackedFolder) else [path] * (path.suffix == ".gguf")
+        return hash_of_files(files) if files else None
+    return None
+
+
+def hash_of_files(files: Iterable[Path]) -> str:
+    """The SHA-256 of some files' contents, one after the other. It is computed once for each change of a file."""
+    return _sha256(*((file, file.stat().st_mtime_ns) for file in files))
+
+
+@cache
+def _sha256(*files: tuple[Path, int]) -> str:
+    return sha256_of(*(path for path, _ in files))
 
 
 def is_here(source: str) -> bool:

@@ -208,8 +208,7 @@ def _table(index: Tensor, most: int, groups: int, size: int, dtype: torch.dtype)
     group = index // size
     first = torch.searchsorted(group, torch.arange(groups, device=index.device))
     places = group * width + torch.arange(index.shape[0], device=index.device) - first[group]
-    table = index.new_zeros(groups * width).index_copy(0, places, units)
-    return table.view(groups, width), places
+    return index.new_zeros(groups * width).index_copy(0, places, units).view(groups, width), places
 
 
 def _columns(x: Tensor, units: Tensor, offsets: Tensor) -> Tensor:

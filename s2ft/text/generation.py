@@ -545,5 +545,5 @@ class Sampler:
             return int(scores.argmax())
         up_to = scores[0].softmax(0).cumsum(0)
         drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * up_to[-1]
-        last = int(torch.searchsorted(up_to, up_to[-1]))  # the last token that was not left out
-        return min(int(torch.searchsorted(up_to, drawn, right=True)), last)
+        # at most the last token that was not left out
+        return min(int(torch.searchsorted(up_to, drawn, right=True)), int(torch.searchsorted(up_to, up_to[-1])))

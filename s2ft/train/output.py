@@ -39,7 +39,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.adapter, self.log, self.plot = self.path / ADAPTER, self.path / LOG, self.path / PLOT
         self.run, self.report, self.config = self.path / RUN, self.path / REPORT, self.path / OPTIONS
 
