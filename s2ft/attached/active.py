@@ -41,11 +41,11 @@ from s2ft.distributed import (
     reshard_all,
     write_units,
 )
-from s2ft.layers.base import give_own_memory, write_all
+from s2ft.layers.base import write_all
 from s2ft.model.coupling import Coupling, Projection, check_parameter_name, projections_of
 from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
-from s2ft.ops.in_place import WRITING, check_private
+from s2ft.ops.in_place import WRITING, check_private, give_own_memory
 from s2ft.selection import unit_tensors
 
 logger = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from s2ft.distributed import (
 )
 from s2ft.ops import Slice, effective_units, write_slices_
 from s2ft.ops._library import LIBRARY
-from s2ft.ops.in_place import WRITING, check_distinct, check_private, is_being_captured, write_slice
+from s2ft.ops.in_place import WRITING, check_distinct, check_private, give_own_memory, is_being_captured, write_slice
 
 # ---- when weights get base + s2 -------------------------------------------------------------------------------------
 
@@ -750,12 +750,6 @@ class S2Layer(nn.Module):
         """The selected units and whether the layer is on."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
         return units + ("" if self.enabled else ", off")
-
-
-def give_own_memory(weight: Tensor) -> None:
-    """Give a weight memory of its own, since torch.multiprocessing sends tensors in memory that processes share."""
-    if weight.device.type == "cpu" and not is_spread(weight) and weight.is_shared():
-        weight.data = weight.data.clone()
 
 
 def beside(index: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s2ft.distributed import is_spread
 from s2ft.ops._library import define, host_can_read
 
 # ---- the memory of a weight -----------------------------------------------------------------------------------------
@@ -67,6 +68,12 @@ def check_private(what: str, weight: Tensor) -> None:
             f"{what} is in memory that is shared with other processes{where}. A weight holds base + delta, and they "
             "would compute with it too: give every process its own weights (clone them), and share only the trained s2"
         )
+
+
+def give_own_memory(weight: Tensor) -> None:
+    """Give a weight memory of its own, since torch.multiprocessing sends tensors in memory that processes share."""
+    if weight.device.type == "cpu" and not is_spread(weight) and weight.is_shared():
+        weight.data = weight.data.clone()
 
 
 def _mapping_of(weight: Tensor) -> tuple[str, str] | None:
