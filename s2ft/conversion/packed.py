@@ -134,7 +134,7 @@ def _check_base(base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: tor
         different = f"{error}" + next((f"; the first weight is {name}" for name in names), "")
     trained_on = adapter.info.get("base_sha256")
     if trained_on is not None:
-        # a GGUF file counts without an adapter that is in it
+        # of a GGUF file, the bytes without an adapter that is in it
         found = (
             hashlib.sha256(base.reader.data).hexdigest() if isinstance(base, GgufFile) else hash_of_files(base.files)
         )
@@ -373,7 +373,8 @@ class Kept:
 
         Args:
             path: The file.
-            beside: Where it is; default: of the adapter that is in the file. :func:`_earlier` is of one that was.
+            beside: The file with the old bytes. Default: that of the adapter in the file. :func:`_earlier` gives that
+                of an adapter that was in it before.
 
         Raises:
             ValueError: The file with the old bytes is damaged.
@@ -404,7 +405,7 @@ class Kept:
             for number, change in enumerate(self.changes):
                 tensors |= {f"{number}.{part}": numpy.ascontiguousarray(getattr(change, part)) for part in PARTS}
             replace_file(earlier, save(tensors))
-            os.utime(earlier, ns=2 * (self.path.stat().st_mtime_ns,))  # it is of the file as it is now
+            os.utime(earlier, ns=2 * (self.path.stat().st_mtime_ns,))  # the file's own time, see _in_file
 
     def is_whole(self, data: numpy.ndarray) -> bool:
         """Whether all of the new bytes are in the file.
@@ -493,8 +494,7 @@ def patch(file: str | Path, adapter: str | Path) -> str:
 def _of_earlier_switch(path: Path, digest: str, base: numpy.ndarray) -> Kept | None:
     """What an earlier switch to an adapter has left; None if there is nothing, or it is damaged or of another base.
 
-    None also where something else has changed the file since the last switch, see :func:`_in_file`: its hash must be
-    compared again.
+    Also None if another program has changed the file since the last switch, see :func:`_in_file`.
     """
     earlier = _earlier(path, digest)
     with suppress(ValueError, IndexError, FileNotFoundError):
@@ -573,10 +573,17 @@ def _undo(kept: Kept, data: numpy.memmap, flush: Callable[[numpy.memmap], None])
 
 
 def _in_file(path: Path, act: Callable[[numpy.memmap, Callable[[numpy.memmap], None]], Result]) -> Result:
-    """Return act(the bytes of a file, mapped for writing; what writes them to the disk), if no program has it open.
+    """Map a file for writing, if no other program has it open, and return what `act` returns.
 
-    Files beside that are of the file as it is have its time of change, and get its new one at each flush. So a file
-    with another time was changed by something else since.
+    Each flush gives the files beside it the file's time of change. If a later time differs, another program has changed
+    the file: then those files keep their time, and the next switch compares the base's hash.
+
+    Args:
+        path: The file.
+        act: Takes the file's bytes, and a function that writes them to the disk.
+
+    Raises:
+        ValueError: Another program has the file open.
     """
     with open(path, "r+b") as file:
         try:

@@ -283,7 +283,7 @@ def check_finite(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} is not finite: it has NaN or infinite values")
 
 
-# ---- reading a file -------------------------------------------------------------------------------------
+# ---- safetensors: reading a file ------------------------------------------------------------------------
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -380,7 +380,7 @@ def _stored(name: str, entry: Any, path: Path, start: int) -> StoredTensor:
     return StoredTensor(path, start + first, DTYPES[dtype], tuple(shape))
 
 
-# ---- writing a file -------------------------------------------------------------------------------------
+# ---- safetensors: writing a file ------------------------------------------------------------------------
 
 
 def lay_out(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
