@@ -317,7 +317,7 @@ def extension():
     flags += shlex.split(
         os.environ.get("CXXFLAGS", "")
     )  # last, so that they override ours; setuptools itself reads LDFLAGS
-    return CppExtension(
+    extension = CppExtension(
         "s2ft._C",
         ["csrc/module.cpp", *relative("cpu/*.cpp")],
         depends=relative("**/*.h"),
@@ -325,6 +325,9 @@ def extension():
         extra_link_args=[],
         py_limited_api=LIMITED_API,
     )
+    # it is no part of the stable ABI, and symbols of libstdc++ would be taken from it, without their versions
+    extension.libraries = [name for name in extension.libraries if name != "c10"]
+    return extension
 
 
 def build_ext_class():

@@ -842,8 +842,15 @@ def fsdp_shard_slices(model: nn.Module, layers: list[nn.Module]) -> None:
         has_s2 = {id(p._module_info.module) for p in group.fsdp_params if p._module_info.param_name == "s2"}
         for layer in (wanted[key] for key in inside if key not in has_s2):
             group.fsdp_params.append(_sharded_slice(group, layer))
-        if inside and "_orig_dtype" in vars(group):  # a first forward has been run
-            group._init_mp_dtypes()
+        if inside:
+            _refresh(group)
+
+
+def _refresh(group: Any) -> None:
+    """Let FSDP2 read the parameters of a group again, if it has since a first forward kept what it read of them."""
+    if hasattr(group.fsdp_params[0], "orig_dtype"):
+        group._init_mp_dtypes()
+        getattr(group, "_init_reduce_scatter_param_order", list)()  # from PyTorch 2.15 on
 
 
 def _sharded_slice(group: Any, layer: Any) -> Any:
@@ -858,7 +865,7 @@ def _sharded_slice(group: Any, layer: Any) -> Any:
         group.post_forward_mesh_info,
         group.device,
         None,
-        group.mp_policy,
+        next(one.mp_policy for one in group.fsdp_params if one._module_info.module is layer),
         group.offload_policy,
     )
 
@@ -871,3 +878,4 @@ def fsdp_release_slices(model: nn.Module, layers: list[nn.Module]) -> None:
             if id(parameter._module_info.module) in known and parameter._module_info.param_name == "s2":
                 parameter._post_load_hook_handle.remove()
                 group.fsdp_params.remove(parameter)
+        _refresh(group)

@@ -377,8 +377,7 @@ def _gathered(parts: list[MemoryPart], model: nn.Module, strategy: Strategy, sha
     """Return the bytes of whole weights: with FSDP2 the largest group and the block that is gathered ahead."""
     weights = [part.parameters for part in parts]
     if strategy.name.endswith("fsdp2"):
-        blocks = [part.parameters for part in parts if re.search(r"\.\d+$", part.name)]
-        two = max(weights) + max(blocks, default=0)
+        two = max(weights) + max([part.parameters for part in parts if re.search(r"\.\d+$", part.name)], default=0)
         return min(two, sum(weights)) if strategy.reshard_after_forward else sum(weights)
     if strategy.name == "zero3" and (shards > 1 or strategy.offload == "all"):
         return min(sum(weights), LIVE * next(model.parameters()).itemsize)

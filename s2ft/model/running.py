@@ -243,8 +243,7 @@ def _usual_size(rows: Tensor) -> Tensor:
         signed = (sign * sample).masked_fill(~counts, torch.inf)
         least = signed == signed.amin(1, keepdim=True)
         counts &= ~(least & (least.sum(1, keepdim=True) > 1))
-    sizes = sample.abs().masked_fill(~counts, torch.nan)
-    usual = 3 * sizes.nanquantile(0.25, dim=1, keepdim=True)
+    usual = 3 * sample.abs().masked_fill(~counts, torch.nan).nanquantile(0.25, dim=1, keepdim=True)
     return usual.nan_to_num(0.0).maximum(1e-6 * usual.nanmedian().nan_to_num(0.0))
 
 

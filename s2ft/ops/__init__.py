@@ -3,7 +3,8 @@
 Each file defines one operator: its schema, its reference in PyTorch, its shape function for torch.compile, its gradient
 and its public function. The compiled kernels in csrc/ are registered under the same names.
 
-Kernels and references check their arguments. A public function checks only what a kernel can't: on a GPU, the entries
+Kernels and references check their arguments, and raise ValueError; from PyTorch 2.15 on errors of compiled kernels come
+as RuntimeError with the same message. A public function checks only what a kernel can't: on a GPU, the entries
 of the index of an op that changes a weight.
 """
 

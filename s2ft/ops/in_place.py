@@ -277,8 +277,7 @@ def scatter_add_reference(
     total = weight.index_select(dim, units).to(wide)
     for where, values, factor in zip(index, delta, alpha):
         at = torch.searchsorted(units, where)
-        change = total.index_select(dim, at) + factor * values.to(wide)
-        total.transpose(0, dim)[at] = change.transpose(0, dim)
+        total.transpose(0, dim)[at] = (total.index_select(dim, at) + factor * values.to(wide)).transpose(0, dim)
     if len(delta) > 1:
         total = total.index_select(dim, torch.searchsorted(units, units))
     # On the transpose the index is the first dimension, where torch writes whole rows at a time.

@@ -170,7 +170,7 @@ def chunk_of(device: str, vocabulary: int) -> tuple[int, "nn.LinearCrossEntropyO
     """
     rows = max(1, CHUNK.get(device, CHUNK["cuda"]) // vocabulary)
     if device == "cpu":
-        return rows, nn.LinearCrossEntropyOptions(chunking_method=None, acc_policy="balanced")
+        return rows, nn.LinearCrossEntropyOptions(chunking_method=None, acc_policy="compact")
     # torch's default policy on a GPU is "compact", but naming it would turn off the sums in float32.
     return rows - rows % TILE or rows, nn.LinearCrossEntropyOptions(chunking_method=None)
 

@@ -38,7 +38,11 @@ def test_what_has_a_result_is_not_made_again_and_what_failed_is(measured, tmp_pa
     assert not make("mine", stages, results, workers=0)
     assert [results.line(run)["status"] for run in runs] == [DONE, FAILED, OOM] and measured == [0, 1, 2]
     line = results.line(runs[0])
-    assert line["rows"] == [{"loss": 1.0}] and line["machine"]["torch"] == torch.__version__ and line["seconds"] >= 0
+    assert (
+        line["rows"] == [{"loss": 1.0}]
+        and torch.__version__.startswith(line["machine"]["torch"])
+        and line["seconds"] >= 0
+    )
     assert "ValueError: too much" in results.line(runs[1])["error"]
     again = Results(tmp_path / "mine.jsonl")
     make("mine", stages, again, workers=0)

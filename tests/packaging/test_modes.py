@@ -175,9 +175,10 @@ def test_nvcc_of_a_package_is_found(run_script, source, tmp_path):
     (tmp_path / "packages" / "nvidia" / "cudnn").mkdir()
     show = "print(setup['cuda_home'](), *setup['packaged_toolkits']())"
     code = f"sys.path.insert(0, {str(tmp_path / 'packages')!r}); {show}"
-    found = of_setup(run_script, source, code, S2FT_BUILD="none", PATH=tmp_path).stdout.split()[-3:]
+    found = of_setup(run_script, source, code, S2FT_BUILD="none", PATH=tmp_path).stdout.split()
     newest = str(tmp_path / "packages" / "nvidia" / "cu13")
-    assert found == [newest, newest, str(tmp_path / "packages" / "nvidia" / "cu12")]
+    # PyTorch's own may be installed too
+    assert [one for one in found if one.startswith(str(tmp_path))] == [newest, newest, newest[:-1] + "2"]
     named = of_setup(run_script, source, code, S2FT_BUILD="none", CUDA_HOME=toolkit(tmp_path / "named"))
     assert named.stdout.split()[-3] == str(tmp_path / "named")
 

@@ -7,6 +7,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -81,13 +82,13 @@ def test_every_moment_is_counted_and_can_be_raised_at():
     assert counter.raised is None and counter.seen == len(counter.places) > 10_000
     for moment in (1, counter.seen // 2, counter.seen):
         tracing = RaiseAt(moment, MemoryError)
-        with pytest.raises(MemoryError, match="raised at"):
+        with suppress(MemoryError):  # Python ignores a finalizer's
             attach_under(tracing)
         assert tracing.seen == moment and tracing.raised
     again = RaiseAt(lines.seen * 3 // 4, events="line", second=1)
     with pytest.raises(KeyboardInterrupt):
         attach_under(again)
-    assert again.raised_again  # a finalizer's exception Python ignores
+    assert again.raised_again
 
 
 def test_moments_are_the_first_and_the_last_events_of_every_place():

@@ -207,8 +207,7 @@ def _why_no_form(row: Row, present: set[str]) -> str:
     for needs in FORMS:
         missing = [name for name in needs if name not in present]
         if len(missing) < len(needs):
-            how = "is null" if missing[0] in row else "is missing"
-            return f"field {missing[0]!r} {how}; it has {listed(row)}"
+            return f"field {missing[0]!r} is {'null' if missing[0] in row else 'missing'}; it has {listed(row)}"
     return f"needs {KNOWN}; it has {listed(sorted(present))}; --field OURS=THEIRS maps other names"
 
 
