@@ -109,9 +109,13 @@ def test_the_life_of_a_users_own_model(kind, layout, tmp_path):
     """`fused` has q, k and v in one weight."""
     make, given = (plain_net, couplings()) if kind == "separate" else (Fused, [fused_coupling()])
     config = {**ALL_RATIOS} if kind == "separate" else dict(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
-    options = dict(couplings=given, example=example())
     live_natively(
-        Subject(lambda: seeded(make).eval(), {**config, "layout": layout}, lambda model: model(example()), options),
+        Subject(
+            lambda: seeded(make).eval(),
+            {**config, "layout": layout},
+            lambda model: model(example()),
+            dict(couplings=given, example=example()),
+        ),
         tmp_path,
     )
 

@@ -266,9 +266,12 @@ def test_units_by_hand(layout, tmp_path):
 
 @pytest.mark.parametrize("layout, dtype", list(zip(LAYOUTS, DTYPES)), ids=str)
 def test_a_head_that_is_trained_in_full(layout, dtype, tmp_path):
-    config = dict(d_ratio=0.1, modules_to_save=["classifier"], layout=layout)
     live_natively(
-        Subject(lambda: classifiers.classifier().to(dtype).eval(), config, lambda model: model(classifiers.IDS).logits),
+        Subject(
+            lambda: classifiers.classifier().to(dtype).eval(),
+            dict(d_ratio=0.1, modules_to_save=["classifier"], layout=layout),
+            lambda model: model(classifiers.IDS).logits,
+        ),
         tmp_path,
     )
 

@@ -381,6 +381,8 @@ COMMANDS = [
     (command("estimate {model} --ratios 1.5"), "ratios 1.5"),
     (command("estimate {model} --device-memory much"), "device_memory 24GB 'much'"),
     (command("estimate {model} --load-in-4bit --load-in-8bit"), "load_in_4bit load_in_8bit"),
+    (command("estimate {model} --load-in-4bit --keep-packed"), "load_in_4bit keep_packed"),
+    (command("estimate {model} --keep-packed"), "keep_packed GGUF"),
     (command("export {adapter} --model {model} --output {model}"), "exists"),
     (command("serve --model {model} --adapters {root}/nowhere --check"), "nowhere"),
     (command("serve --model {model} --port 70000"), "port"),

@@ -190,8 +190,10 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
             for path in paths
         }
     )
-    of_each = ((adapter.name, weight, adapter.extra_weights) for adapter, weight in parts)
-    check_extra_apart(of_each, "values can't be added: keep the adapters apart and switch between them")
+    check_extra_apart(
+        ((adapter.name, weight, adapter.extra_weights) for adapter, weight in parts),
+        "values can't be added: keep the adapters apart and switch between them",
+    )
     extra_weights = {name: value.clone() for adapter, _ in parts for name, value in adapter.extra_weights.items()}
     config = S2FTConfig(
         units=cast(Any, selection),

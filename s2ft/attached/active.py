@@ -587,8 +587,10 @@ def check_can_put_on_extra(model: nn.Module, record: Record, factors: Mapping[st
         else record.loaded[adapter].extra_weights
         for adapter in factors
     }
-    of_each = ((adapter, weight, names[adapter]) for adapter, weight in factors.items())
-    check_extra_apart(of_each, "the model can hold one: make one of them active")
+    check_extra_apart(
+        ((adapter, weight, names[adapter]) for adapter, weight in factors.items()),
+        "the model can hold one: make one of them active",
+    )
 
 
 def write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -108,8 +108,15 @@ def set_codecs(model: nn.Module, record: Record, config: S2FTConfig) -> None:
         return
     if record.awaits_weights:
         raise ValueError(f"codec={config.codec!r} needs the weights of {base.path}: load them before attach")
-    for path, mounted in record.mounts.items():
-        mounted.layer.rounding = _rounding_of(base, path, mounted)
+    coded = {path: _rounding_of(base, path, mounted) for path, mounted in record.mounts.items()}
+    for path, rounding in coded.items():
+        record.mounts[path].layer.rounding = rounding
+    blocks = {one.codec.block for one in coded.values() if one.blocks.codes.shape[-1] < one.codec.block}
+    if blocks:
+        logger.warning(
+            "warning: scales stay where single inputs are trained: group=%d trains them too, as one is for so many",
+            max(blocks),
+        )
 
 
 def files_of(model: nn.Module) -> GgufFile | PackedFolder | None:

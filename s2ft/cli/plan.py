@@ -36,14 +36,14 @@ class PlanArguments:
             )
         )
 
-    def of_model(self, config: S2FTConfig, given: dict):
-        """Return a model without data, the config with the ratio that it trains, and the rows of the table."""
+    def of_model(self, config: S2FTConfig, given: dict, keep_packed: bool = False):
+        """Return a model without data but for packed blocks, the config with its ratio, and the rows of the table."""
         import torch
 
         from s2ft.train.planning import rows_of
 
         check_ratios(config, given)
-        model = hollow_model(self.model)
+        model = load_model(self.model, keep_packed=True)[0] if keep_packed else hollow_model(self.model)
         model = model if self.dtype == "auto" else model.to(getattr(torch, self.dtype))
         config = with_default_ratio(config, model)
         return model, config, rows_of(model, config, **({"ratios": self.ratios} if self.ratios else {}))
@@ -79,6 +79,7 @@ class EstimateArguments(PlanArguments):
     accumulation: int = option(1, "forward passes of one update", least=1, **SHARED)
     load_in_4bit: bool = option(False, "count a base in 4 bit", **SHARED)
     load_in_8bit: bool = option(False, "count a base in 8 bit", **SHARED)
+    keep_packed: bool = option(False, "count the blocks of a .gguf file, which is read", **SHARED)
     optimizer: str = option("adamw", "optimizer by its name in s2ft.estimate", **SHARED)
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass", **SHARED)
     chunked_loss: bool = option(
@@ -116,11 +117,14 @@ class EstimateArguments(PlanArguments):
         super().__post_init__()
         given = next((name for name in ("devices", "tp_size", "offload") if getattr(self, name) is not None), "")
         refuse(
-            (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other"),
+            (
+                self.load_in_4bit + self.load_in_8bit + self.keep_packed > 1,
+                "load_in_4bit, load_in_8bit and keep_packed exclude each other",
+            ),
             (self.strategy is None and given, f"{given} needs strategy: one of {', '.join(STRATEGIES)}"),
             (
-                self.strategy is not None and self.bits,
-                "load_in_4bit and load_in_8bit are counted for one device: leave out strategy",
+                self.strategy is not None and (self.bits or self.keep_packed),
+                "load_in_4bit, load_in_8bit and keep_packed are counted for one device: leave out strategy",
             ),
         )
 
@@ -143,7 +147,8 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> Non
     from s2ft.estimation.step import free_memory
     from s2ft.train.planning import table, with_memory
 
-    model, config, rows = job.of_model(config, given)
+    config = replace(config, layout="indexed") if job.bits or job.keep_packed else config  # as sft does
+    model, config, rows = job.of_model(config, given, job.keep_packed)
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     room = size_of(job.device_memory, "device_memory") or free_memory(device)
     step = dict(
@@ -159,7 +164,6 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> Non
         devices=job.devices,
         memory=room,
     )
-    config = replace(config, layout="indexed") if job.bits else config  # the layout that sft takes for such weights
     rows, found = with_memory(rows, model, config, step, job.chunked_loss, job.bits)
     if job.json:
         shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}

@@ -129,8 +129,7 @@ class Codec(ABC):
         """
         levels = self.shifted(levels, scales)
         squares = _sum(levels.square())
-        factor = _sum(values * levels) / torch.where(squares > 0, squares, 1.0)
-        return self.with_factor(factor.float(), scales)
+        return self.with_factor((_sum(values * levels) / torch.where(squares > 0, squares, 1.0)).float(), scales)
 
     # ---- the same for all formats ------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Training through the codec: the file holds, bit for bit, what the model has computed with."""
 
+import json
 import shutil
 from functools import partial
 from unittest import mock
@@ -8,7 +9,16 @@ import pytest
 import torch
 from conversion.test_packed import KINDS, RATIOS, make_base
 from support import models
-from support.inside import PackedLinear, S2FTTrainer, TrainedSlices, export_packed, forwards, load_below, load_model
+from support.inside import (
+    PackedLinear,
+    S2FTTrainer,
+    TrainedSlices,
+    export_packed,
+    forwards,
+    load_below,
+    load_model,
+    loss_in_chunks,
+)
 from support.states import merged_state as plain, same, with_adapter, with_loaded
 from support.tolerances import GEMM
 from transformers import TrainerCallback, TrainingArguments
@@ -196,7 +206,21 @@ def test_a_merge_that_is_interrupted_leaves_the_adapter(small, monkeypatch):
 
 def test_auto_is_nothing_for_a_plain_base(small):
     model = attached(small.parent / "checkpoint", "float32", layout="indexed")
-    assert all(getattr(module, "codec", None) is None for module in model.modules())
+    assert {layer.rounding for layer in model.modules() if hasattr(layer, "s2")} == {None}
+
+
+@pytest.mark.parametrize("config, said", [({}, 0), ({"group": 16}, 1), ({"group": None, "o_ratio": 0.0}, 1)])
+def test_scales_that_stay_are_said_once(small, caplog, config, said):
+    attached(small, **config)
+    assert [record.getMessage().count("group=32") for record in caplog.records if "scales" in record.msg] == [1] * said
+
+
+def test_the_command_estimates_blocks_as_they_are(small, capsys):
+    packed, config = load_model(str(small), keep_packed=True)[0], S2FTConfig(d_ratio=0.5, layout="indexed")
+    peak = s2ft.estimate(packed, config, 1, 8, loss=loss_in_chunks, use_cache=False, device="cpu").peak
+    sizes = ["--batch-size", "1", "--max-length", "8", "--d-ratio", "0.5", "--ratios", "0.5", "--device", "cpu"]
+    assert main(["estimate", str(small), "--keep-packed", *sizes, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["peak"] == peak
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,12 @@ def run(tmp_path):
 @pytest.fixture(scope="session")
 def warm():
     """A process for `run_script`; see warm.py."""
-    arguments = [sys.executable, str(Path(__file__).parent / "warm.py")]
     with subprocess.Popen(
-        arguments, env=environment_with({}), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, str(Path(__file__).parent / "warm.py")],
+        env=environment_with({}),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as process:
         yield process
         process.stdin.close()

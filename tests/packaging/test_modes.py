@@ -144,9 +144,13 @@ def test_architectures(run_script, source, tmp_path, codes, gpus, listed, expect
         f"torch.cuda.device_count = lambda: {len(gpus)}; torch.cuda.get_device_capability = {gpus}.__getitem__\n"
         "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))"
     )
-    variables = {"TORCH_CUDA_ARCH_LIST": listed} if listed else {}
     result = of_setup(
-        run_script, source, code, check=False, CUDA_HOME=toolkit(tmp_path / "cuda", codes=codes), **variables
+        run_script,
+        source,
+        code,
+        check=False,
+        CUDA_HOME=toolkit(tmp_path / "cuda", codes=codes),
+        **({"TORCH_CUDA_ARCH_LIST": listed} if listed else {}),
     )
     if expected is None:
         assert "is no compute capability such as 9.0 or 10.0+PTX" in result.stderr

@@ -16,9 +16,12 @@ class Process:
 
     def __init__(self, *arguments):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "s2ft", "serve", "--port", "0", *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+            [sys.executable, "-m", "s2ft", "serve", "--port", "0", *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
         self.lines, self._started = [], threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -36,8 +36,7 @@ def compress(checkpoint: Path, folder: Path, ignore: tuple[str, ...] = ("lm_head
         least, most = tiles.amin((1, 3)), tiles.amax((1, 3))
         shared = generate_gparam(weight.min(), weight.max()) if hasattr(layer, "weight_global_scale") else None
         scale, zero = calculate_qparams(least, most, arguments, **({} if shared is None else {"global_scale": shared}))
-        found = {"weight_scale": scale, "weight_zero_point": zero, "weight_global_scale": shared}
-        for name, value in found.items():
+        for name, value in {"weight_scale": scale, "weight_zero_point": zero, "weight_global_scale": shared}.items():
             if hasattr(layer, name):
                 getattr(layer, name).data.copy_(value.reshape(getattr(layer, name).shape))
     compressor = compressors.ModelCompressor.from_pretrained_model(model)

@@ -37,8 +37,7 @@ class Served:
 
     def merged(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Return transformers' model of the dtype with an adapter merged."""
-        model = type_of(self.base).from_pretrained(self.base, dtype=dtype)
-        return s2ft.merge(with_loaded(model, self.adapters / name))
+        return s2ft.merge(with_loaded(type_of(self.base).from_pretrained(self.base, dtype=dtype), self.adapters / name))
 
 
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)

@@ -328,13 +328,11 @@ def _gated(self, x):
 
 
 def _gated_with_result(self, x):
-    result = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return result
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def _gated_with_gate(self, x):
-    gate = self.act_fn(self.gate_proj(x))
-    return self.down_proj(gate * self.up_proj(x))
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 GATED = [(one.__code__.co_code, one.__code__.co_names) for one in (_gated, _gated_with_result, _gated_with_gate)]

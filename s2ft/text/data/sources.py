@@ -260,7 +260,7 @@ def _rows_of_object(found: object) -> list | None:
     if not isinstance(found, Mapping) or any(name in FIELDS for name in found):
         return None
     lists = [value for value in found.values() if isinstance(value, list)]
-    return lists[0] if (len(lists) == 1 and lists[0] and all(isinstance(row, Mapping) for row in lists[0])) else None
+    return lists[0] if len(lists) == 1 and lists[0] and all(isinstance(row, Mapping) for row in lists[0]) else None
 
 
 # ---- folders and the hub -------------------------------------------------------------------------------

@@ -265,10 +265,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
 
 
 def _takes_rows(item: pytest.Item) -> bool:
-    values = getattr(getattr(item, "callspec", None), "params", {}).values()
     return any(
         value in (S2FTPeftConfig, Stand) or isinstance(value, S2FTPeftConfig)
-        for value in values
+        for value in getattr(getattr(item, "callspec", None), "params", {}).values()
         if isinstance(value, (type, S2FTPeftConfig))
     )
 
