@@ -325,8 +325,10 @@ def extension():
         extra_link_args=[],
         py_limited_api=LIMITED_API,
     )
-    # it is no part of the stable ABI, and symbols of libstdc++ would be taken from it, without their versions
-    extension.libraries = [name for name in extension.libraries if name != "c10"]
+    # c10 is no part of the stable ABI. On Linux libstdc++ comes first: PyTorch 2.15 has some of its symbols without
+    # their versions, and those of the module would be taken from there.
+    first = ["stdc++"] if sys.platform == "linux" else []
+    extension.libraries = [*first, *(name for name in extension.libraries if name != "c10")]
     return extension
 
 

@@ -80,7 +80,7 @@ def test_every_moment_is_counted_and_can_be_raised_at():
     for tracing in (counter := RaiseAt(), lines := RaiseAt(events="line")):
         attach_under(tracing)
     assert counter.raised is None and counter.seen == len(counter.places) > 10_000
-    for moment in (1, counter.seen // 2, counter.seen):
+    for moment in (1, counter.seen // 2, counter.seen * 3 // 4):  # finalizers may have been counted after that
         tracing = RaiseAt(moment, MemoryError)
         with suppress(MemoryError):  # Python ignores a finalizer's
             attach_under(tracing)

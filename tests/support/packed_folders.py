@@ -7,13 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
-def compress(checkpoint: Path, folder: Path, ignore: tuple[str, ...] = ("lm_head",), **weights) -> Path:
+def compress(
+    checkpoint: Path, folder: Path, ignore: tuple[str, ...] = ("lm_head",), activations: dict | None = None, **weights
+) -> Path:
     """Write a checkpoint of compressed-tensors. Returns the folder.
 
     Args:
         checkpoint: A checkpoint of transformers.
         folder: The folder to write.
         ignore: Names of layers that are not quantized.
+        activations: What its config says of the layers' inputs, which an engine then quantizes too.
         weights: What its config says of the weights: num_bits, type, strategy, and so on.
     """
     compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -21,7 +24,7 @@ def compress(checkpoint: Path, folder: Path, ignore: tuple[str, ...] = ("lm_head
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=quantization.QuantizationArgs(**weights))
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
     settings = quantization.QuantizationConfig(
         config_groups={"all": scheme}, ignore=list(ignore), quantization_status="frozen"
     )
