@@ -4,6 +4,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import resource
 import shutil
 from contextlib import suppress
 from functools import partial
@@ -131,6 +132,7 @@ def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path)
         ("no gguf", None, ValueError, "s2ft export --format gguf"),
         ("exists", None, FileExistsError, "exists"),
         ("damaged", None, ValueError, "no GGUF file, or it is damaged"),
+        ("full disk", None, OSError, "File too large"),
     ],
 )
 def test_bad_input_leaves_nothing(small, tmp_path, mistake, made, error, words):
@@ -149,8 +151,10 @@ def test_bad_input_leaves_nothing(small, tmp_path, mistake, made, error, words):
     elif mistake == "damaged":
         (place / "model.gguf").write_bytes(model.read_bytes()[:200])
         model = place / "model.gguf"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if mistake == "full disk" else -1, -1))
     with pytest.raises(error, match=words):
         export_packed(str(model), folder, output)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 

@@ -94,10 +94,9 @@ def test_other_programs_get_no_marks_of_training(marks):
 @pytest.mark.parametrize("begin", ["\n", "  ", "\n\n  ", "  {% if true %}x{% endif %}\n"], ids=repr)
 def test_a_default_system_prompt_keeps_the_white_space_of_the_template(begin):
     template, messages = begin + CHAT, [{"role": "system", "content": "Be brief."}, *ASK]
-    alone = standalone_template(PromptFormat("chat", template, "Be brief."))
     found, expected = (
         tiny_tokenizer().apply_chat_template(chat, chat_template=one, tokenize=False)
-        for one, chat in ((alone, ASK), (template, messages))
+        for one, chat in ((standalone_template(PromptFormat("chat", template, "Be brief.")), ASK), (template, messages))
     )
     assert found == expected
 

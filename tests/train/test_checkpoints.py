@@ -91,9 +91,11 @@ def test_a_parameter_outside_of_the_model_is_resumed_too(tmp_path):
     """Such as the classifier of a loss of sentence-transformers."""
 
     def optimizers(model):
-        outside = torch.nn.Parameter(torch.ones(3))
         made = torch.optim.AdamW(
-            [{"params": [p for p in model.parameters() if p.requires_grad]}, {"params": [outside]}]
+            [
+                {"params": [p for p in model.parameters() if p.requires_grad]},
+                {"params": [torch.nn.Parameter(torch.ones(3))]},
+            ]
         )
         return made, torch.optim.lr_scheduler.ConstantLR(made)
 
