@@ -39,10 +39,9 @@ def net():
 
 
 def couplings(side="inputs", unit=1):
-    sizes = {"first": (20, 12), "last": (12, 20)}
     alone = [
         Coupling.one_sided(0, path=path, count=size[side == "inputs"] // unit, unit=unit, side=side)
-        for path, size in sizes.items()
+        for path, size in {"first": (20, 12), "last": (12, 20)}.items()
     ]
     return [*alone, Coupling.ffn(0, up="up", down="down", channels=30)]
 

@@ -269,8 +269,7 @@ def sum_deltas(parts: list[tuple[Delta, float]]) -> Delta:
     shape[dim] = index.numel()
     total = torch.zeros(shape, dtype=wide, device=parts[0][0].values.device)
     for delta, weight in parts:
-        place = torch.searchsorted(index, delta.index).to(total.device)
-        total.index_add_(dim, place, delta.values.to(total) * weight)
+        total.index_add_(dim, torch.searchsorted(index, delta.index).to(total.device), delta.values.to(total) * weight)
     return Delta(dim, index, total)
 
 

@@ -269,8 +269,9 @@ def coded_deltas(record: Record, deltas: Mapping[str, Delta]) -> dict[str, Delta
     for name, (mount, part) in record.parts.items():
         if (rounding := mount.layer.rounding) is not None:
             values = rounding.delta(mount.layer.full_s2().detach())
-            positions = part.positions.to(values.device)
-            found[name] = replace(found[name], values=values.index_select(rounding.dim, positions))
+            found[name] = replace(
+                found[name], values=values.index_select(rounding.dim, part.positions.to(values.device))
+            )
     return found
 
 

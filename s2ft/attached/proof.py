@@ -463,7 +463,6 @@ def _random_deltas(
             shape[projection.dim] = elements.numel()
             most = torch.Size(weight.shape[1:]).numel() ** -0.5
             generator = torch.Generator(weight.tensor.device).manual_seed(number)
-            dtype = config.delta_dtype_for(weight.tensor.dtype)
-            values = torch.empty(shape, dtype=dtype, device=weight.tensor.device)
+            values = torch.empty(shape, dtype=config.delta_dtype_for(weight.tensor.dtype), device=weight.tensor.device)
             deltas[projection.name] = Delta(projection.dim, elements, values.uniform_(-most, most, generator=generator))
     return deltas

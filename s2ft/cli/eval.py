@@ -159,8 +159,7 @@ def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Se
     if job.kl:
         answers = job.kl_on == "answers"
         room = context_length(model) - (job.max_new_tokens if answers else 1)
-        drawn = some(examples, job.meter_rows)
-        asked = list(encode_prompts(prompter.tokenizer, drawn, room, prompter.format).values())
+        asked = list(encode_prompts(prompter.tokenizer, some(examples, job.meter_rows), room, prompter.format).values())
         prompts = (
             answer_rows(model, prompter.tokenizer, asked, job.max_new_tokens)
             if answers

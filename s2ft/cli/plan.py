@@ -59,13 +59,16 @@ class PlanArguments:
 def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     import s2ft
     from s2ft.estimation.shadow import as_random
-    from s2ft.train.planning import table
+    from s2ft.model.checkpoint import is_here, packed_base
+    from s2ft.train.planning import scales_of, table
 
     model, config, rows = job.of_model(config, given)
+    base = packed_base(job.model) if config.codec != "none" and is_here(job.model) else None
+    scales = "" if base is None else scales_of(base, s2ft.select(model, as_random(config)).units, config.group)
     print(
         json.dumps({"model": job.model, "rows": [asdict(row) for row in rows]}, indent=2)
         if job.json
-        else f"{s2ft.plan(model, as_random(config))}\n\n{table(rows)}\n{RANK}"
+        else f"{s2ft.plan(model, as_random(config))}\n{scales}\n{table(rows)}\n{RANK}"
     )
 
 

@@ -75,8 +75,9 @@ class Service:
                 min_p=body.min_p or 0.0,
             )
             length, before = self.answer_length(body, len(ids)), () if isinstance(body, ChatRequest) else ids
-            text = TextStream(self._decoding, body.stops, before)
-            return Job(ids, length, sampler, text, prompter.ends, emit, served)
+            return Job(
+                ids, length, sampler, TextStream(self._decoding, body.stops, before), prompter.ends, emit, served
+            )
         except BaseException:
             self.engine.adapters.release(served)
             raise

@@ -38,13 +38,15 @@ from torch import nn
 
 import s2ft
 from s2ft.attached.record import record_of
+from s2ft.codecs.gguf_file import GgufFile
+from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.estimation.devices import Estimate, size
 from s2ft.estimation.shadow import as_random
 from s2ft.files import plain_text as tables
 from s2ft.files.plain_text import first_line
-from s2ft.model.coupling import Projection, projections_of
+from s2ft.model.coupling import Projection, by_key, projections_of
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.model.weights import count_parameters, weight_at
@@ -130,6 +132,32 @@ def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planne
         share=report.trainable / count_parameters(model),
         lora_rank=(report.trainable - in_full) / each_rank,
         adapter_bytes=values + index + in_full * 4,
+    )
+
+
+def scales_of(base: GgufFile | PackedFolder, paths: Iterable[str], group: int | None) -> str:
+    """Return lines that say which scales of packed weights change, each with its end.
+
+    Args:
+        base: The files of the model.
+        paths: Paths of the modules that are trained.
+        group: Inputs that are chosen together, or None.
+
+    Raises:
+        ValueError: The type of a weight has no codec.
+    """
+    codecs = ((base.codec(path), path) for path in paths)
+    return "".join(
+        f"{name} in {len(found)} weights, such as {found[0]}: "
+        + (
+            "all scales stay"
+            if block == 1
+            else f"one scale for {block} inputs, which changes with them"
+            if group and group % block == 0
+            else f"one scale for {block} inputs, which stays where some of them are trained; --group {block} trains all"
+        )
+        + "\n"
+        for (name, block), found in by_key(((codec.name, codec.block), path) for codec, path in codecs).items()
     )
 
 

@@ -196,8 +196,7 @@ def unpacked(model_name: str, dtype: str, folder: Path) -> str:
         dtype: Dtype of the unpacked weights; "auto" is that of :func:`s2ft.text.models.load_model`.
         folder: Where an unpacked checkpoint is written.
     """
-    path = Path(model_name).expanduser()
-    if not gguf_files(path):
+    if not gguf_files(Path(model_name).expanduser()):
         return model_name
     model, tokenizer = load_model(model_name, dtype)
     model.save_pretrained(folder)

@@ -329,8 +329,7 @@ def test_some_units_change_and_no_others(name, some):
     assert torch.equal(got.index_select(dim, left), codec.decode(packed).index_select(dim, left))
     assert same(codec.pack(codec.unpack(packed), packed), packed)
     if isinstance(packed, torch.Tensor):  # in another order in memory
-        other = packed.t().contiguous().t()
-        assert same(codec.added(other, index, dim, values - codec.values(part).float()), changed)
+        assert same(codec.added(packed.t().contiguous().t(), index, dim, values - codec.values(part).float()), changed)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -215,12 +215,15 @@ def test_scales_that_stay_are_said_once(small, caplog, config, said):
     assert [record.getMessage().count("group=32") for record in caplog.records if "scales" in record.msg] == [1] * said
 
 
-def test_the_command_estimates_blocks_as_they_are(small, capsys):
+def test_plan_and_estimate_know_the_blocks(small, capsys):
     packed, config = load_model(str(small), keep_packed=True)[0], S2FTConfig(d_ratio=0.5, layout="indexed")
     peak = s2ft.estimate(packed, config, 1, 8, loss=loss_in_chunks, use_cache=False, device="cpu").peak
-    sizes = ["--batch-size", "1", "--max-length", "8", "--d-ratio", "0.5", "--ratios", "0.5", "--device", "cpu"]
-    assert main(["estimate", str(small), "--keep-packed", *sizes, "--json"]) == 0
+    words = [str(small), "--d-ratio", "0.5", "--ratios", "0.5"]
+    sizes = ["--batch-size", "1", "--max-length", "8", "--device", "cpu", "--json"]
+    assert main(["estimate", *words, "--keep-packed", *sizes]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["peak"] == peak
+    for group, said in (("32", "which changes with them"), ("16", "--group 32 trains all")):
+        assert main(["plan", *words, "--codec", "auto", "--group", group]) == 0 and said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,14 @@ class Client:
 
     def __init__(self, engine, adapter=None, prompt=(5, 6, 7), max_tokens=4, **options):
         self.events, self.done = [], threading.Event()
-        served = None if adapter is None else engine.adapters.acquire(adapter)
         self.job = Job(
-            prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.receive, served
+            prompt,
+            max_tokens,
+            Sampler(**options),
+            TextStream(tiny_tokenizer()),
+            frozenset(),
+            self.receive,
+            (None if adapter is None else engine.adapters.acquire(adapter)),
         )
         engine.submit(self.job)
 
