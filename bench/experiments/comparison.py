@@ -210,8 +210,9 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             prepared, trained = train_in_phases(model, base.tokenizer, rows, arguments, config, *how)
         else:
             prepared = prepared_for(base, model, rows, settings)
-            best = bool(settings.get("best"))
-            trained = train(prepared, base.tokenizer, rows, arguments, held_out=held_out, best=best)
+            trained = train(
+                prepared, base.tokenizer, rows, arguments, held_out=held_out, best=bool(settings.get("best"))
+            )
     peak = memory.peak()
     if settings["method"] == "full":
         model.to(dtype)

@@ -242,9 +242,8 @@ def choose(
         if needed and data is None:
             raise ValueError(f"{name} needs {what} data: pass {what}, an iterable of batches")
     device = next(model.parameters()).device
-    couplings = couplings_in_towers(model, find_couplings(model, config=config).couplings, config)
     request = ProtectedRequest(
-        requested_couplings(couplings, config),
+        requested_couplings(couplings_in_towers(model, find_couplings(model, config=config).couplings, config), config),
         config,
         model,
         Calibration(calibration, device) if candidate.calibrated else None,
