@@ -21,12 +21,12 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import replace_file, shortened
 from s2ft.files.reading import (
+    AN_ADAPTER,
     CONFIG,
+    DTYPE_NAMES,
     FLOATS,
     INTEGERS,
-    KIND,
     MAX_CONFIG,
-    NAMES,
     PENDING,
     TENSORS,
     Entries,
@@ -34,7 +34,7 @@ from s2ft.files.reading import (
     open_file,
     parse_json,
     read_bytes,
-    read_folder,
+    read_consistent,
     read_some_tensors,
     read_tensors,
 )
@@ -86,7 +86,7 @@ def write(adapter: Adapter, folder) -> None:
         tensors[f"{path}.index"] = delta.index.to(torch.int32)
     for name, value in adapter.extra_weights.items():
         check_parameter_name(name, "save")
-        if NAMES.get(value.dtype) not in FLOATS:  # PyTorch can't say of each of these dtypes what is finite
+        if DTYPE_NAMES.get(value.dtype) not in FLOATS:  # PyTorch can't say of each of these dtypes what is finite
             raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
         if value.numel() == 0 or not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
@@ -117,7 +117,7 @@ def write(adapter: Adapter, folder) -> None:
             "base_weights": adapter.structure.base_weights,
         },
         "extra_weights": {
-            name: {"dtype": NAMES[value.dtype], "shape": list(value.shape)}
+            name: {"dtype": DTYPE_NAMES[value.dtype], "shape": list(value.shape)}
             for name, value in sorted(adapter.extra_weights.items())
         },
     }
@@ -161,7 +161,7 @@ def read(folder) -> Adapter:
 
 def read_files(folder) -> tuple[Adapter, dict[str, bytes]]:
     """Read an adapter as :func:`read` does. Returns it with the bytes of both files by file name."""
-    return read_folder(Path(folder), _read)
+    return read_consistent(Path(folder), _read)
 
 
 def read_without_values(folder) -> Adapter:
@@ -177,12 +177,12 @@ def read_without_values(folder) -> Adapter:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged or its content is not valid. Damage inside the values is not found.
     """
-    return read_folder(Path(folder), lambda path: _read(path, False)[0])
+    return read_consistent(Path(folder), lambda path: _read(path, False)[0])
 
 
 def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, bytes]]:
     """Read an adapter by the path of its config. Without values the bytes of the files are not returned."""
-    tensors_path = open_file(path.parent, TENSORS, KIND)
+    tensors_path = open_file(path.parent, TENSORS, AN_ADAPTER)
     content = read_bytes(path, MAX_CONFIG)
     header = _read_header(content, path)
     check_adapter_name(_field(header, "name", str, path), str(path))

@@ -44,7 +44,7 @@ from s2ft.attached.report import status
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import refuse
 from s2ft.distributed import check_not_in_engine
-from s2ft.files.reading import has_adapter, resolve
+from s2ft.files.reading import has_adapter, local_folder
 from s2ft.model.fingerprint import structure_of
 from s2ft.model.weights import check_own_memory, weight_at
 
@@ -71,7 +71,7 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
         >>> s2ft.read_adapter("math").name
         'math'
     """
-    folder = resolve(adapter)
+    folder = local_folder(adapter)
     others = () if has_adapter(folder) else (one.module for one in ADAPTER_FORMATS.values())
     return next((one for one in others if one.matches(folder)), native).read(folder)
 

@@ -39,9 +39,9 @@ def describe(name: str | Path) -> str:
     """
     from s2ft.adapter.formats import ADAPTER_FORMATS
     from s2ft.attached.loading import read_adapter
-    from s2ft.files.reading import resolve
+    from s2ft.files.reading import local_folder
 
-    folder = resolve(name)
+    folder = local_folder(name)
     if (folder / "adapter_config.json").is_file() and not ADAPTER_FORMATS["peft"].module.matches(folder):
         raise ValueError(
             f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter from a LoRA that changes "

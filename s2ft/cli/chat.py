@@ -228,13 +228,13 @@ class Talk:
 
     def __init__(self, job: ChatArguments, sampling: SamplingArguments) -> None:
         import s2ft
-        from s2ft.files.reading import resolve
+        from s2ft.files.reading import local_folder
         from s2ft.text.adapter_prompts import base_name
         from s2ft.text.conversation import Chat
         from s2ft.train.device import gpu_or_cpu
 
         # The folders are looked up first, so that a wrong one is found at once.
-        self.folders = {name: resolve(source) for name, source in adapters_by_name(job.adapter or []).items()}
+        self.folders = {name: local_folder(source) for name, source in adapters_by_name(job.adapter or []).items()}
         first = next(iter(self.folders.values()), None)
         dtype = job.dtype if first is None else dtype_of_base(s2ft.read_adapter(first), job.dtype)
         self.model, self.tokenizer = load_model(base_name(job.model, first), dtype)

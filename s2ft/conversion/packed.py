@@ -38,7 +38,7 @@ from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.conversion import ollama
 from s2ft.export.streamed import temporary_folder, temporary_place
 from s2ft.files.plain_text import check_output, replace_file, sha256_of
-from s2ft.files.reading import MAX_TENSORS, PATCHED, PIECE, as_bytes, check_finite, read_bytes, read_json, resolve
+from s2ft.files.reading import MAX_TENSORS, PATCHED, PIECE, as_bytes, check_finite, local_folder, read_bytes, read_json
 from s2ft.model.checkpoint import hash_of_files, packed_base
 from s2ft.model.coupling import by_key
 from s2ft.model.fingerprint import TOLERANCE, covered, sampled
@@ -463,7 +463,7 @@ def patch(file: str | Path, adapter: str | Path) -> str:
         ValueError: The file is not the adapter's base, a weight's type has no codec, or another program uses the file.
             Nothing has changed in any of these cases.
     """
-    path, folder = gguf_path(str(file)), resolve(adapter)
+    path, folder = gguf_path(str(file)), local_folder(adapter)
     if path.is_symlink() or path.stat().st_nlink > 1:  # the bytes beside one name would not be found by the others
         raise ValueError(f"{path} is one of several names of a file: copy it, and patch the copy")
     digest = _digest(folder)

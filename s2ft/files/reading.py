@@ -176,7 +176,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Entries = dict[str, tuple[str, tuple[int, ...]]]  # the dtype's name and the shape of each tensor
 Check = Callable[[Entries], None]
 
@@ -336,7 +336,7 @@ def read_some_tensors(path: Path, check: Check, wanted: Callable[[str], bool]) -
 
 
 def _entries(stored: dict[str, StoredTensor]) -> Entries:
-    return {name: (NAMES[one.dtype], one.shape) for name, one in stored.items()}
+    return {name: (DTYPE_NAMES[one.dtype], one.shape) for name, one in stored.items()}
 
 
 def _header(file: BinaryIO, path: Path, limit: int) -> dict[str, StoredTensor]:
@@ -405,7 +405,7 @@ def lay_out(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor
         first, end = end, end + tensors[name].numel() * tensors[name].element_size()
         places[name] = first
         header[name] = {
-            "dtype": NAMES[tensors[name].dtype],
+            "dtype": DTYPE_NAMES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [first, end],
         }
@@ -429,7 +429,7 @@ PATCHED = ".s2ft-base"  # behind the name of a file that `s2ft patch` has change
 CONFIG = "s2ft_config.json"  # PEFT and AutoModel would load an adapter_config.json as their own
 PENDING = f"{CONFIG}.next"  # exists while the tensors are replaced, and after a writer was stopped
 OPTIONS, RUN = "config.yaml", "run.json"  # of a run: the options that the user gave, and all that determine the result
-KIND = "an S²FT adapter"
+AN_ADAPTER = "an S²FT adapter"
 WORD = r"[A-Za-z0-9][\w.\-]*"
 REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)  # org/name, org/name@revision on the hub
 ATTEMPTS = 20  # at reading a folder that other processes keep replacing
@@ -467,7 +467,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return (found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
-def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:  # type: ignore[return]  # the last attempt ends
+def read_consistent(directory: Path, read: Callable[[Path], Read]) -> Read:  # type: ignore[return]  # the last attempt ends
     """Call `read` with the config file that belongs to the folder's tensors, and return its result.
 
     Args:
@@ -482,7 +482,7 @@ def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:  # type:
     for attempt in range(ATTEMPTS):
         before = stamp_of(directory)
         try:
-            return read(open_file(directory, _config_name(directory), KIND))
+            return read(open_file(directory, _config_name(directory), AN_ADAPTER))
         except (OSError, ValueError):
             if attempt == ATTEMPTS - 1 or stamp_of(directory) == before:
                 raise
@@ -495,7 +495,7 @@ def _config_name(directory: Path) -> str:
     if not (directory / CONFIG).exists():
         return PENDING
     expected = json_entry(directory / PENDING, "tensors_sha256")
-    return PENDING if sha256_of(open_file(directory, TENSORS, KIND)) == expected else CONFIG
+    return PENDING if sha256_of(open_file(directory, TENSORS, AN_ADAPTER)) == expected else CONFIG
 
 
 def is_run(folder: Path) -> bool:
@@ -525,7 +525,7 @@ def adapter_folder(folder: Path) -> Path:
     return folder  # the reader raises the error that names the missing file
 
 
-def resolve(directory_or_repo, **options) -> Path:
+def local_folder(directory_or_repo, **options) -> Path:
     """Return the folder of an adapter. The files of a repository are downloaded, unless they are in the cache.
 
     Args:

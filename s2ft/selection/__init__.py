@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from s2ft.config import PROJECTIONS, PROTECTED, S2FTConfig, refuse
 from s2ft.distributed import decide, is_distributed
 from s2ft.files.plain_text import replace_file, table
-from s2ft.files.reading import MAX_CONFIG, own_folder, parse_json, read_bytes, read_folder
+from s2ft.files.reading import MAX_CONFIG, own_folder, parse_json, read_bytes, read_consistent
 from s2ft.model.coupling import ONE_SIDED, Coupling, Projection, by_key, digest_of, projections_of, unit_name
 from s2ft.model.weights import can_run, have_values, weight_at
 from s2ft.selection.batches import Calibration
@@ -143,7 +143,7 @@ class Selection:
         """
         path = Path(path).expanduser()
         if path.is_dir():
-            return read_folder(own_folder(path), _of_adapter)
+            return read_consistent(own_folder(path), _of_adapter)
         content = _read_object(path, "a selection")
         schema = content.get("schema")
         refuse(

@@ -234,7 +234,7 @@ class AdapterCheckpoints:
         Args:
             output_dir: The folder. None is `args.output_dir`.
         """
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or _is_split(self.model)):
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or _loaded_in_parts(self.model)):
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, state_dict=gather_trained(self.accelerator.unwrap_model(self.model)))
@@ -245,7 +245,7 @@ class AdapterCheckpoints:
         self._load_from_checkpoint(best_checkpoint(self.state, self.args.output_dir))
 
 
-def _is_split(model: Any) -> bool:
+def _loaded_in_parts(model: Any) -> bool:
     """Whether transformers has split the weights over ranks while it loaded them (DistributedConfig)."""
     return getattr(model, "is_distributed_loading_by_transformers", False)
 
@@ -298,7 +298,7 @@ def _optimizer_of_split_model(model: Any = None, args: Any = None, *_: Any, **op
         A context manager that yields whether checkpoints shall contain the model alone.
     """
     only_model = args is not None and args.save_only_model
-    is_refused = args is not None and not only_model and _is_split(model)
+    is_refused = args is not None and not only_model and _loaded_in_parts(model)
     with replaced(args, save_only_model=True) if is_refused else nullcontext():
         yield only_model
 

@@ -35,7 +35,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
-from s2ft.files.reading import CONFIG, TENSORS, own_folder, read_folder
+from s2ft.files.reading import CONFIG, TENSORS, own_folder, read_consistent
 from s2ft.vllm.compatibility import guarded, in_place_of, logger, private, when_imported
 
 FEATURE, ON_PROCESSORS = "S²FT adapters", "answers of the base beside adapters, on processors,"
@@ -82,7 +82,7 @@ def folder_of(path: str) -> Path | None:
     Returns:
         The folder; None if it has no file of an S²FT adapter, or does not exist.
     """
-    from s2ft.files.reading import REPOSITORY, resolve
+    from s2ft.files.reading import REPOSITORY, local_folder
 
     given = Path(path).expanduser()
     is_name = not given.exists() and REPOSITORY.fullmatch(path)
@@ -90,7 +90,7 @@ def folder_of(path: str) -> Path | None:
         given = Path(private("vllm.lora.utils", "get_adapter_absolute_path")(path))
     elif is_name:
         with suppress(FileNotFoundError):  # vLLM's own loader says so
-            given = resolve(path)
+            given = local_folder(path)
     folder = own_folder(given)
     return folder if any((folder / name).exists() for name in (CONFIG, TENSORS)) else None
 
@@ -110,7 +110,7 @@ def with_version(path: str) -> str | None:
     plain, _ = split_version(path)
     try:
         folder = folder_of(plain)
-        return None if folder is None else f"{plain}#s2ft-{_digest(read_folder(folder, Path.read_bytes))}"
+        return None if folder is None else f"{plain}#s2ft-{_digest(read_consistent(folder, Path.read_bytes))}"
     except (OSError, ValueError):  # the workers refuse it, with the reason
         return None
 
@@ -151,7 +151,7 @@ class Contents:
         if key not in self._kept:
             folder, content = folder_of(path), None
             if folder is not None:
-                content = read_folder(folder, lambda file: (file.read_bytes(), open(file.parent / TENSORS, "rb")))
+                content = read_consistent(folder, lambda file: (file.read_bytes(), open(file.parent / TENSORS, "rb")))
             if content is None or _digest(content[0]) != version:
                 raise ValueError(
                     f"adapter {path} was replaced while it was loaded, or after {self.limit} others were: load it again"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.hub import fake_hub, uploaded
-from support.inside import lora, native, resolve
+from support.inside import local_folder, lora, native
 from support.models import LAYOUTS, WHOLE_KEYS, fit, model_of, output_of, ratios_for
 from support.nets import seeded
 from support.pairs import in_turn
@@ -318,18 +318,18 @@ def test_what_is_pushed(api, tmp_path):
 def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/adapter").mkdir(parents=True)
-    assert [name for name in ("org/adapter", "org/..") if resolve(name) != Path(name)] == []
+    assert [name for name in ("org/adapter", "org/..") if local_folder(name) != Path(name)] == []
     for name in ("./org/none", "/none", "none", "a/b/c", "../up", "~/none", Path("org/none")):
         with pytest.raises(FileNotFoundError, match=f"adapter {Path(name).expanduser()} doesn't exist$"):
-            resolve(name)
+            local_folder(name)
     assert not api.mock_calls
     api.download.return_value = str(GOLDEN / "schema-1")
-    assert resolve("org/other@v1", local_files_only=True) == GOLDEN / "schema-1"
+    assert local_folder("org/other@v1", local_files_only=True) == GOLDEN / "schema-1"
     options = api.download.call_args.kwargs
     assert set(options.pop("allow_patterns")) == FILES and options == dict(revision="v1", local_files_only=True)
     api.download.side_effect = OSError("404 Client Error.\nRepository Not Found for url")
     with pytest.raises(FileNotFoundError, match="org/none doesn't exist as a folder, and the hub.*404 Client Error.$"):
-        resolve("org/none")
+        local_folder("org/none")
     monkeypatch.setenv("HOME", str(tmp_path))
     native.write(read_adapter(GOLDEN / "schema-1"), "~/mine")
     assert native.read(tmp_path / "mine").name == read_adapter("~/mine").name

@@ -39,7 +39,7 @@ MODULES = {
     "conversion.ollama": "modelfile",
     "conversion.packed": "Change export:export_packed Kept patch state PATCHED tuned_weights undo",
     "files": "reading",
-    "files.reading": "CONFIG CONFIG:AdapterFolderCONFIG has_adapter lay_out PENDING resolve stamp_of stored_tensors "
+    "files.reading": "CONFIG CONFIG:AdapterFolderCONFIG has_adapter lay_out PENDING local_folder stamp_of stored_tensors "
     "StoredTensor TENSORS TENSORS:AdapterFolderTENSORS",
     "integrations.lm_eval": "as_json as_table evaluate",
     "integrations.settings": "config_from",

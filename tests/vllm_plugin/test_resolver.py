@@ -57,7 +57,7 @@ def test_no_name_leads_out_of_the_directory(adapters, name):
 
 def test_the_hub_is_asked_for_names_on_the_list_only(adapters, monkeypatch):
     resolve = Mock(return_value=adapters / "math")
-    monkeypatch.setattr("s2ft.files.reading.resolve", resolve)
+    monkeypatch.setattr("s2ft.files.reading.local_folder", resolve)
     right = ["org/math", "org/math@v2", "other/one"]
     wrong = ["other/two", "evil/org", "org", "org/a/b", "../org/x", "other/one/../two"]
     assert [found(name, None, ("org", "other/one")) for name in (*right, *wrong)] == [*right, *[None] * 6]
