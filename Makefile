@@ -89,7 +89,6 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/serving_speed.py
 	$(BIN)/python bench/selection.py
 	$(BIN)/python bench/mixed_batches.py
-	$(BIN)/python bench/discovery.py
 	$(BIN)/python bench/strategies.py
 	$(BIN)/python bench/estimate_ranks.py
 	$(BIN)/python bench/ops/time_ops.py

@@ -109,7 +109,7 @@ def main() -> None:
         print(f"{args.switches} switches, {args.kills} kills: right each time")
         for name, value in found.items():
             print(f"{name}: {value:.3g}")
-        save(RESULTS, found)
+        save(RESULTS.with_stem("patch_large") if args.gigabytes else RESULTS, found)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ memory of a few updates, if `costs` is set, one run at a time on all cores. With
 A row with `longer` makes so many times the updates, for methods whose updates take less time.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,10 +22,9 @@ from bench.experiments.memory import PeakMemory, return_freed_memory
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.selections import CANDIDATES
 from bench.experiments.tasks import TASKS, Task, files_of
+from bench.experiments.trials import TRIALS
 from s2ft.text.divergence import mean_loss
-from s2ft.text.generation import generate
 from s2ft.text.models import hollow_model
-from s2ft.text.prompts import encode_prompt
 from s2ft.train.demo import default_model
 from s2ft.train.tuners import TUNERS, Prepared, TrainedRun
 
@@ -34,11 +32,11 @@ BASE = "base"  # the row of the model without training
 COSTS = "costs"  # the task of runs that measure time and memory
 ROUNDS = 2  # of each row
 BASE_TOKENS = 160  # the least that the base may write: it writes long answers before it comes to the number
-OF_A_ROW = ("method", "options", "parameters", "phases", "protect")  # what a run's numbers depend on
+OF_A_ROW = ("method", "options", "parameters", "phases", "protect", "trial")  # what a run's numbers depend on
 # The keys of a recipe, those that it must have, those of its settings, and those of a row
 KEYS = ("settings", "rows", "seeds", "tasks", "sweep", "steps", "rates", COSTS, "base", "equal_to")
 NEEDED = ("rows", "seeds", "tasks")
-SETTINGS = (*OF_LEARNING, "best", "save", "judge", "train", "tests", "answers", "scales")
+SETTINGS = (*OF_LEARNING, "best", "save", "train", "tests", "answers", "scales")
 ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "screened", "longer")
 
 
@@ -153,11 +151,10 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
         files_of(task, settings)
     if settings.get("best") and not settings["questions"].get("validation"):
         raise ValueError("best needs held-out rows: set questions.validation")
-    if settings.get("judge"):
-        read_questions(Path(settings.get("data") or ".") / settings["judge"])
     hollow = hollow_model(settings["model"] or default_model())
     for name, row in experiment["rows"].items():
         check_names(f"row {name}, method", [row.get("method")], TUNERS)
+        check_names(f"row {name}, trial", row.get("trial", {}), TRIALS)
         options = {key: value for key, value in row.get("options", {}).items() if str(value) not in CANDIDATES}
         try:
             trained_parameters(hollow, row["method"], options)
@@ -210,9 +207,10 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             prepared, trained = train_in_phases(model, base.tokenizer, rows, arguments, config, *how)
         else:
             prepared = prepared_for(base, model, rows, settings)
-            trained = train(
-                prepared, base.tokenizer, rows, arguments, held_out=held_out, best=bool(settings.get("best"))
-            )
+            texts = base.batches(base.texts("protected", 24), 2) if "trial" in settings else ()
+            callbacks = [TRIALS[name](model, value, texts) for name, value in settings.get("trial", {}).items()]
+            how = {"held_out": held_out, "best": bool(settings.get("best")), "callbacks": callbacks}
+            trained = train(prepared, base.tokenizer, rows, arguments, **how)
     peak = memory.peak()
     if settings["method"] == "full":
         model.to(dtype)
@@ -240,8 +238,6 @@ def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
             found["loss"] = mean_loss(model, base.rows(task.validation, settings))
         found["tests"] = base.scores(model, task, settings, folder / "answers" if settings.get("save") else None)
         found |= base.distance(model, settings)
-        if settings.get("judge"):
-            answer_questions(base, model, settings, folder)
     return found
 
 
@@ -278,63 +274,3 @@ def _save(prepared: Prepared, base: Base, folder: Path) -> None:
         s2ft.save_adapter(prepared.model, folder)
     elif prepared.method != "full":
         prepared.model.save_pretrained(folder)
-
-
-# ---- answers for a judge ---------------------------------------------------------------------------------
-
-
-def read_questions(file: Path) -> list[dict[str, Any]]:
-    """Read questions in the form of MT-Bench's question.jsonl: one object a line, with `question_id` and `turns`.
-
-    Raises:
-        ValueError: A line has another form. The message names the line.
-    """
-    questions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        question = json.loads(line) if line.strip().startswith("{") else {}
-        turns = question.get("turns")
-        if (
-            "question_id" not in question
-            or not isinstance(turns, list)
-            or not all(isinstance(one, str) for one in turns)
-        ):
-            raise ValueError(
-                f"judge {file}, line {number}: needs question_id and a list of texts turns, got {line[:80]!r}"
-            )
-        questions.append(question)
-    return questions
-
-
-def answer_questions(base: Base, model: Any, settings: dict[str, Any], folder: Path) -> None:
-    """Write answers in the form of MT-Bench's model_answer, for a judge of your choice. No judge runs here.
-
-    The second turn follows the model's own first answer. Answers are greedy, or by beams; MT-Bench draws those of some
-    categories at a temperature of 0.7.
-
-    Args:
-        base: The base, for the prompts.
-        model: The model that answers.
-        settings: `judge`, the file of the questions in the folder `data`, and how answers are generated.
-        folder: The folder of model_answer.jsonl.
-    """
-    questions = read_questions(Path(settings.get("data") or ".") / settings["judge"])
-    chats: list[list[dict[str, str]]] = [[] for _ in questions]
-    how = (settings.get("answer_batch", 64), settings.get("max_new_tokens", 256), "answering", settings.get("beams", 1))
-    for turn in range(max(len(question["turns"]) for question in questions)):
-        asked = [number for number, question in enumerate(questions) if turn < len(question["turns"])]
-        for number in asked:
-            chats[number].append({"role": "user", "content": questions[number]["turns"][turn]})
-        prompts = [encode_prompt(base.tokenizer, base.prompt.conversation(chats[number])) for number in asked]
-        for number, text in zip(asked, generate(model, base.tokenizer, prompts, *how)):
-            chats[number].append({"role": "assistant", "content": text})
-    lines = []
-    for question, chat in zip(questions, chats):
-        turns = [message["content"] for message in chat if message["role"] == "assistant"]
-        line = {
-            "question_id": question["question_id"],
-            "model_id": folder.name,
-            "choices": [{"index": 0, "turns": turns}],
-        }
-        lines.append(json.dumps({**line, "answer_id": f"{question['question_id']}-{folder.name}"}, ensure_ascii=False))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_answer.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from s2ft.selection.metrics import (
     METRICS,
     Request,
     Units,
+    activation_scores,
     check_finite,
     gradient_scores,
     product_scores,
@@ -119,6 +120,14 @@ def fisher_ratio(request: ProtectedRequest) -> Units:
     return ratio(gradient_scores(request), gradient_scores(request.on_protected))
 
 
+def task_activation(request: ProtectedRequest) -> Units:
+    """Score by the activation norm on the task for that on protected data.
+
+    Source: "TF-IDF" of activations (arXiv 2510.15103). The ratio is ours.
+    """
+    return ratio(activation_scores(request), activation_scores(request.on_protected))
+
+
 @dataclass(frozen=True)
 class Candidate:
     """How a candidate chooses.
@@ -144,6 +153,7 @@ CANDIDATES: dict[str, Candidate] = {
     "shielded": Candidate(shielded, protected=True, smallest=True),
     "shielded_gradient": Candidate(shielded_gradient, calibrated=True, protected=True),
     "fisher_ratio": Candidate(fisher_ratio, calibrated=True, protected=True),
+    "task_activation": Candidate(task_activation, calibrated=True, protected=True),
 }
 
 

@@ -56,8 +56,6 @@ def smoke_data(folder: Path) -> str:
         _write(folder / "dataset" / test / "test.json", [_row(draw, test) for _ in range(3)])
     sentences = [f"The {draw.choice(WORDS)} is near the {draw.choice(WORDS)}." for _ in range(140)]
     _write_lines(folder / "other_text.jsonl", [{"text": text} for text in sentences[:4]])
-    turns = [f"Write about a {draw.choice(WORDS)}.", "Make it shorter."]
-    _write_lines(folder / "question.jsonl", [{"question_id": number, "turns": turns} for number in (81, 82)])
     sums = [(f"What is {a} plus {b}?", a + b) for a in range(6) for b in range(10)]
     rows = [{"query": text, "response": f"It makes {n}.\nThe answer is: {n}"} for text, n in sums]
     _write_lines(folder / "metamathqa.jsonl", rows)

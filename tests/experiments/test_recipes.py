@@ -57,7 +57,7 @@ def test_a_smoke_run_of_every_recipe(name, tmp_path, capsys):
         (["arithmetic", "--smoke", "--only", "galore"], "there is no 'galore'"),
         (["arithmetic", "--smoke", "--part", "3/2"], "--part must be K/N"),
         (["projections", "--smoke", "--set", "equal_to=dd"], "equal_to: there is no 'dd'"),
-        (["instruction", "--smoke", "--set", "judge=other_text.jsonl"], "line 1: needs question_id"),
+        (["frontier", "--smoke", "--set", "rows.s2ft.trial.muom=1"], "there is no 'muom'; did you mean muon"),
         (["efficiency", "--smoke", "--set", "model.max_position_embeddings=4"], "lengths must be at most 4"),
         (["serving", "--smoke", "--set", "widths=[65]"], "widths multiples of 64"),
         (["serving", "--smoke", "--set", "channels=999"], "channels must be at most"),
