@@ -57,14 +57,15 @@ class Factors(Trial):
 
 
 class NearBase(Trial):
-    """Add the value times KL(base‖tuned) on 2 other texts to the loss of each update."""
+    """Add the gradient of the value times KL(base‖tuned) on 2 other texts. Only the loss's own gradient is clipped."""
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        batch = {key: one[:, :128] for key, one in next(self.texts).items() if key in ("input_ids", "attention_mask")}
+        batch = {key: one[:, -128:] for key, one in next(self.texts).items() if key in ("input_ids", "attention_mask")}
         with torch.no_grad(), without_trainable(self.model):
             expected = self.model(**batch).logits.log_softmax(-1)
         found = self.model(**batch).logits.log_softmax(-1)
-        (self.value * kl_div(found, expected, log_target=True, reduction="none").sum(-1).mean()).backward()
+        distances = kl_div(found, expected, log_target=True, reduction="none").sum(-1)
+        (self.value * distances[batch["attention_mask"].bool()].mean()).backward()
 
 
 class Muon(Trial):
@@ -77,10 +78,10 @@ class Muon(Trial):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         for name, parameter in self.trained.items():
             mean = vars(self).setdefault("means", {}).setdefault(name, torch.zeros_like(parameter))
-            mean.mul_(self.value).add_(parameter.grad)
-            left, _, right = torch.linalg.svd(mean.lerp(parameter.grad, 1 - self.value), full_matrices=False)
+            mean.lerp_(parameter.grad, 1 - self.value)
+            left, values, right = torch.linalg.svd(mean.lerp(parameter.grad, 1 - self.value), full_matrices=False)
             rate = optimizer.param_groups[0]["lr"] * 0.2 * max(parameter.shape) ** 0.5
-            parameter.sub_(left @ right, alpha=rate)
+            parameter.sub_(left * (values > 1e-4 * values[0]) @ right, alpha=rate)  # without directions of rounding
             parameter.grad = None  # AdamW leaves it out
 
 
@@ -106,7 +107,9 @@ class Beside(Trial):
         super().__init__(model, value, texts)
         from peft import LoraConfig, inject_adapter_in_model
 
-        inject_adapter_in_model(LoraConfig(**value), model)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            inject_adapter_in_model(LoraConfig(**value), model)
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
 

@@ -112,7 +112,7 @@ def set_codecs(model: nn.Module, record: Record, config: S2FTConfig) -> None:
     for path, rounding in coded.items():
         record.mounts[path].layer.rounding = rounding
     blocks = {one.codec.block for one in coded.values() if one.blocks.codes.shape[-1] < one.codec.block}
-    if blocks:
+    if blocks and config.units is None:
         logger.warning(
             "warning: scales stay where single inputs are trained: group=%d trains them too, as one is for so many",
             max(blocks),

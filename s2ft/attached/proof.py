@@ -455,8 +455,7 @@ def _random_deltas(
 ) -> dict[str, Delta]:
     """Random values, about as large as usual weights, for all selected units that can be written into the weights."""
     deltas: dict[str, Delta] = {}
-    chosen = [one for one in projections_of(couplings) if one.name in selection]
-    for number, projection in enumerate(chosen):
+    for number, projection in enumerate([one for one in projections_of(couplings) if one.name in selection]):
         weight, elements = weight_at(model, projection), projection.elements(selection[projection.name])
         if weight.read_only is None:
             shape = list(weight.shape)

@@ -78,8 +78,9 @@ def describe(name: str | Path) -> str:
 
 def _row(path: str, delta, units: int, one_sided: bool) -> tuple[str, ...]:
     # A head or a group spans several rows or columns.
-    words = (("output", "input")[delta.dim], "group") if one_sided else ("channel", "head")
-    word = words[units != delta.index.numel()]
+    word = ((("output", "input")[delta.dim], "group") if one_sided else ("channel", "head"))[
+        units != delta.index.numel()
+    ]
     return (
         path,
         f"{units} {word}{'s' * (units != 1)}",

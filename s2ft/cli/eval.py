@@ -57,11 +57,13 @@ class EvalArguments:
         check_fields(self)
         way = "data" if self.lm_eval is None else "lm_eval"
         measures = self.forgetting or self.kl
-        ignored = ONLY_DATA if way == "lm_eval" else ONLY_LM_EVAL
         refuse(
             (measures and self.adapter is None, "forgetting and kl compare an adapter with its base: give --adapter"),
             (self.kl and not self.data, "kl needs rows with prompts: give --data"),
-            *((getattr(self, name), f"{name} has no meaning with {way}") for name in ignored),
+            *(
+                (getattr(self, name), f"{name} has no meaning with {way}")
+                for name in (ONLY_DATA if way == "lm_eval" else ONLY_LM_EVAL)
+            ),
             (self.kl_on != "prompts" and not self.kl, "kl_on has no meaning without kl"),
             (self.num_beams > 1 and self.task is None, "num_beams has no meaning without task"),
             (

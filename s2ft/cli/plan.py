@@ -6,6 +6,7 @@ Only `select` reads weights.
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from s2ft.cli.parse import MODEL, command, new_file
 from s2ft.config import STRATEGIES, S2FTConfig, check_fields, option, refuse
@@ -43,7 +44,7 @@ class PlanArguments:
         from s2ft.train.planning import rows_of
 
         check_ratios(config, given)
-        model = load_model(self.model, keep_packed=True)[0] if keep_packed else hollow_model(self.model)
+        model = load_model(self.model, self.dtype, keep_packed=True)[0] if keep_packed else hollow_model(self.model)
         model = model if self.dtype == "auto" else model.to(getattr(torch, self.dtype))
         config = with_default_ratio(config, model)
         return model, config, rows_of(model, config, **({"ratios": self.ratios} if self.ratios else {}))
@@ -59,12 +60,13 @@ class PlanArguments:
 def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     import s2ft
     from s2ft.estimation.shadow import as_random
-    from s2ft.model.checkpoint import is_here, packed_base
+    from s2ft.model.checkpoint import packed_base
     from s2ft.train.planning import scales_of, table
 
     model, config, rows = job.of_model(config, given)
-    base = packed_base(job.model) if config.codec != "none" and is_here(job.model) else None
-    scales = "" if base is None else scales_of(base, s2ft.select(model, as_random(config)).units, config.group)
+    scales = ""
+    if config.codec != "none" and Path(job.model).expanduser().exists() and (base := packed_base(job.model)):
+        scales = scales_of(base, model, as_random(config))
     print(
         json.dumps({"model": job.model, "rows": [asdict(row) for row in rows]}, indent=2)
         if job.json
@@ -151,9 +153,9 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> Non
     from s2ft.train.planning import table, with_memory
 
     config = replace(config, layout="indexed") if job.bits or job.keep_packed else config  # as sft does
-    model, config, rows = job.of_model(config, given, job.keep_packed)
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    room = size_of(job.device_memory, "device_memory") or free_memory(device)
+    room = size_of(job.device_memory, "device_memory") or free_memory(device)  # before packed blocks are read
+    model, config, rows = job.of_model(config, given, job.keep_packed)
     step = dict(
         batch=job.batch_size,
         length=job.max_length,

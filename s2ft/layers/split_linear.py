@@ -173,8 +173,9 @@ class SplitLinearKind(LinearKind):
         """The whole gradient, summed over the ranks. Each of them calls this, also one without a unit."""
         split, whole = layer.split, torch.zeros_like(s2)
         if layer.own.numel():
-            own = s2.index_select(split.dim, layer.own)
-            gradient = delta_gradient(grad, kept, own, layer.own_units, layer.dim, plain)
+            gradient = delta_gradient(
+                grad, kept, s2.index_select(split.dim, layer.own), layer.own_units, layer.dim, plain
+            )
             whole.index_copy_(split.dim, layer.own, gradient.to(s2.dtype))
         dist.all_reduce(whole, group=split.mesh.get_group())
         return whole

@@ -109,8 +109,9 @@ class Prompter:
             conversation: Messages with the keys "role" and "content".
             system: Another system prompt than the recorded one. An empty text is none.
         """
-        form = self.format if system is None else replace(self.format, system=system or None)
-        return form.conversation(conversation)
+        return (self.format if system is None else replace(self.format, system=system or None)).conversation(
+            conversation
+        )
 
     def encode(self, conversation: Sequence[Mapping], system: str | None = None) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's answer begins.

@@ -147,8 +147,9 @@ class RowEncoder:
         end = self.tokenizer.eos_token or ""
         text = prompt + answer + ("" if end and answer.endswith(end) else end)
         start = len(prompt) if self.completion_only else 0
-        cuts = (len(prompt),) if prompt else ()
-        return Rendered(text, cuts, ((start, len(text)),), tuple(begin_ids(self.tokenizer)))
+        return Rendered(
+            text, ((len(prompt),) if prompt else ()), ((start, len(text)),), tuple(begin_ids(self.tokenizer))
+        )
 
     def _chat(self, row: dict[str, Any], messages: list, first: int = 0) -> Rendered:
         if self.prompt.form == "text":

@@ -469,8 +469,7 @@ def sft(
     check_dtype(model, arguments)
     check_divided_rows(model, arguments)
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
-    example = trainer.data_collator([short_row(train)])
-    with contiguous_head(model), loss_for(model, arguments, options, example):
+    with contiguous_head(model), loss_for(model, arguments, options, trainer.data_collator([short_row(train)])):
         return run_trainer(trainer, model, arguments, folder, resume, meter)
 
 

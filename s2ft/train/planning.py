@@ -38,6 +38,7 @@ from torch import nn
 
 import s2ft
 from s2ft.attached.record import record_of
+from s2ft.codecs.codec import is_whole
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.config import S2FTConfig
@@ -135,29 +136,33 @@ def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planne
     )
 
 
-def scales_of(base: GgufFile | PackedFolder, paths: Iterable[str], group: int | None) -> str:
-    """Return lines that say which scales of packed weights change, each with its end.
+def scales_of(base: GgufFile | PackedFolder, model: nn.Module, config: S2FTConfig) -> str:
+    """Return lines that say which scales of the packed weights change, each with its end.
 
     Args:
         base: The files of the model.
-        paths: Paths of the modules that are trained.
-        group: Inputs that are chosen together, or None.
+        model: The model. Its weights are not read.
+        config: What is trained.
 
     Raises:
         ValueError: The type of a weight has no codec.
     """
-    codecs = ((base.codec(path), path) for path in paths)
+    selection, found = s2ft.select(model, config), []
+    couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
+    for one in (one for one in projections_of(couplings) if one.name in selection):
+        codec = base.codec(one.path)
+        whole = one.dim == 0 or is_whole(one.elements(selection[one.name]), codec.block)
+        found.append(((codec.name, codec.block, whole), one.path))
     return "".join(
-        f"{name} in {len(found)} weights, such as {found[0]}: "
+        f"{name} in {len(paths)} weights, such as {paths[0]}: "
         + (
-            "all scales stay"
+            "all scales stay\n"
             if block == 1
-            else f"one scale for {block} inputs, which changes with them"
-            if group and group % block == 0
-            else f"one scale for {block} inputs, which stays where some of them are trained; --group {block} trains all"
+            else f"one scale for {block} inputs, which changes with them\n"
+            if whole
+            else f"one scale for {block} inputs, which stays where some are trained; --group {block} trains all\n"
         )
-        + "\n"
-        for (name, block), found in by_key(((codec.name, codec.block), path) for codec, path in codecs).items()
+        for (name, block, whole), paths in by_key(found).items()
     )
 
 

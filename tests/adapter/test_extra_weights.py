@@ -213,5 +213,6 @@ def test_new_heads_are_named_with_the_option_that_trains_them(tmp_path):
     s2ft.detach(model)
     assert s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["classifier"])).fresh_heads == ()
     s2ft.merge(model).save_pretrained(tmp_path)
-    again = BertForSequenceClassification.from_pretrained(tmp_path)
-    assert s2ft.attach(again, S2FTConfig(d_ratio=0.1)).fresh_heads == ()  # the checkpoint contains the head
+    assert (
+        s2ft.attach(BertForSequenceClassification.from_pretrained(tmp_path), S2FTConfig(d_ratio=0.1)).fresh_heads == ()
+    )  # the checkpoint contains the head

@@ -62,8 +62,15 @@ def test_the_prompt_is_that_of_the_training(form, options, wanted, capsys, work,
 def test_the_prompt_comes_from_a_file_or_stdin(capsys, work, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("Hello\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-    ways = (["--prompt", "Hello"], ["--prompt-file", tmp_path / "prompt.txt"], ["--prompt", "-"])
-    assert len({answer(capsys, work, *words, "--max-new-tokens", 9) for words in ways}) == 1
+    assert (
+        len(
+            {
+                answer(capsys, work, *words, "--max-new-tokens", 9)
+                for words in (["--prompt", "Hello"], ["--prompt-file", tmp_path / "prompt.txt"], ["--prompt", "-"])
+            }
+        )
+        == 1
+    )
 
 
 def test_options_of_the_sampling_are_those_of_the_sampler_and_a_seed_gives_the_same_answer_again(capsys, work):

@@ -133,8 +133,12 @@ def test_ollama_gets_the_merged_checkpoint_with_the_template_where_it_reads_it(w
     assert export(work, tmp_path, "--num-ctx", 128, form="ollama") == 0
     out = tmp_path / "out"
     assert f"ollama create out -f {out}/Modelfile" in capsys.readouterr().out
-    lines = ["FROM .", 'SYSTEM """Be."""', 'PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 128"]
-    assert (out / "Modelfile").read_text().splitlines() == lines
+    assert (out / "Modelfile").read_text().splitlines() == [
+        "FROM .",
+        'SYSTEM """Be."""',
+        'PARAMETER stop "<|im_end|>"',
+        "PARAMETER num_ctx 128",
+    ]
     assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"].endswith("{{ 1 }}")
     assert not (out / "chat_template.jinja").exists()
     assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(256, [], PromptFormat("text"))  # plain text has no turns

@@ -215,6 +215,14 @@ def test_scales_that_stay_are_said_once(small, caplog, config, said):
     assert [record.getMessage().count("group=32") for record in caplog.records if "scales" in record.msg] == [1] * said
 
 
+PLANS = {
+    "--group 32": "Q4_1 in 2 weights, such as model.layers.0.mlp.down_proj: one scale for 32 inputs, which changes",
+    "--group 16": "one scale for 32 inputs, which stays where some are trained; --group 32 trains all",
+    "--u-ratio 0.5 --d-ratio 0": "which changes with them",
+    "--i-ratio 0.5 --d-ratio 0": "--group 32 trains all",
+}
+
+
 def test_plan_and_estimate_know_the_blocks(small, capsys):
     packed, config = load_model(str(small), keep_packed=True)[0], S2FTConfig(d_ratio=0.5, layout="indexed")
     peak = s2ft.estimate(packed, config, 1, 8, loss=loss_in_chunks, use_cache=False, device="cpu").peak
@@ -222,8 +230,8 @@ def test_plan_and_estimate_know_the_blocks(small, capsys):
     sizes = ["--batch-size", "1", "--max-length", "8", "--device", "cpu", "--json"]
     assert main(["estimate", *words, "--keep-packed", *sizes]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["peak"] == peak
-    for group, said in (("32", "which changes with them"), ("16", "--group 32 trains all")):
-        assert main(["plan", *words, "--codec", "auto", "--group", group]) == 0 and said in capsys.readouterr().out
+    for options, said in PLANS.items():
+        assert main(["plan", *words, "--codec", "auto", *options.split()]) == 0 and said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

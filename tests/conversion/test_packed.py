@@ -151,10 +151,13 @@ def test_bad_input_leaves_nothing(small, tmp_path, mistake, made, error, words):
     elif mistake == "damaged":
         (place / "model.gguf").write_bytes(model.read_bytes()[:200])
         model = place / "model.gguf"
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if mistake == "full disk" else -1, -1))
-    with pytest.raises(error, match=words):
-        export_packed(str(model), folder, output)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if mistake == "full disk" else soft, hard))
+    try:
+        with pytest.raises(error, match=words):
+            export_packed(str(model), folder, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 

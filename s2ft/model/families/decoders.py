@@ -323,16 +323,21 @@ def activation_of(model: nn.Module, mlp: str) -> str | None:
     return HIDDEN_ACTS[name] if untouched and code is not None and (code.co_code, code.co_names) in GATED else None
 
 
+# Forwards of transformers: their instructions are compared, so a variable more or less makes another one.
+
+
 def _gated(self, x):
     return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def _gated_with_result(self, x):
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    result = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return result
 
 
 def _gated_with_gate(self, x):
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    gate = self.act_fn(self.gate_proj(x))
+    return self.down_proj(gate * self.up_proj(x))
 
 
 GATED = [(one.__code__.co_code, one.__code__.co_names) for one in (_gated, _gated_with_result, _gated_with_gate)]
