@@ -60,8 +60,11 @@ def test_rows_are_drawn_by_seed():
     rows = [{"input_ids": [1, i, 2, 3, *[4] * (i % 2)], "labels": [-100, -100, 2, 3]} for i in range(2, 40)]
 
     def drawn(seed, examples=None):
-        config = s2ft.S2FTConfig(d_ratio=0.1, selection="activation", seed=seed)
-        batches = list(calibration_for(config, tiny_tokenizer(), rows, examples, 5))
+        batches = list(
+            calibration_for(
+                s2ft.S2FTConfig(d_ratio=0.1, selection="activation", seed=seed), tiny_tokenizer(), rows, examples, 5
+            )
+        )
         return [row[1] for batch in batches for row in batch["input_ids"].tolist()], batches
 
     first, batches = drawn(0)

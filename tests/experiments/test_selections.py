@@ -81,6 +81,8 @@ def expected(model, name):
         }
     if name == "shielded":
         return need_of(model)
+    if name == "task_activation":
+        return over(need_of(model, "activation"), need_of(model, "activation", 1))
     task = gradients(model, rows_of(model, 1))
     gradient = {p.name: mean_square([norms(one[p.name], p) for one in task]) for p in projections}
     if name == "gradient_per_weight":
@@ -101,10 +103,11 @@ def over(need, gain):
     return {name: values / (need[name] + need[name].mean()) for name, values in gain.items()}
 
 
-def need_of(model):
-    """Weight norm × activation norm, by the metric of s2ft, which tests/selection/test_metrics.py checks."""
-    data = Calibration(rows_of(model, 2), torch.device("cpu"))
-    return s2ft.selection.METRICS["product"].score(Request(couplings_of(model), config_of(model), model, data))
+def need_of(model, metric="product", seed=2):
+    """What a metric of s2ft says, which tests/selection/test_metrics.py checks."""
+    return s2ft.selection.METRICS[metric].score(
+        Request(couplings_of(model), config_of(model), model, Calibration(rows_of(model, seed), torch.device("cpu")))
+    )
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
