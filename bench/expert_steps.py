@@ -121,7 +121,8 @@ def steps_of(base: nn.Module, batch: Tensor) -> dict[str, ExpertStep]:
 
 def run(experts: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
     base = base_model(experts, dtype, args.layers)
-    steps = steps_of(base, torch.randint(512, (4, 128), generator=torch.Generator().manual_seed(0)))
+    batch = torch.randint(512, (4, 128), generator=torch.Generator().manual_seed(0))
+    steps = steps_of(base, batch)
     measured = interleaved(steps, args.rounds, warmup=1, timed=ExpertStep.__call__)
     times, updated = ({name: [pair[i] for pair in found] for name, found in measured.items()} for i in (0, 1))
     operators = {name: step.operators() for name, step in steps.items()}

@@ -81,13 +81,14 @@ class Generation:
         self.inputs, self.tokens = inputs, tokens
 
     def __call__(self, model: nn.Module, rows=slice(None), **more) -> Tensor:
+        begin = self.inputs["input_ids"].shape[1]
         return model.generate(
             **{key: value[rows] for key, value in self.inputs.items()},
             do_sample=False,
             max_new_tokens=self.tokens,
             min_new_tokens=self.tokens,
             **more,
-        )[:, self.inputs["input_ids"].shape[1] :]
+        )[:, begin:]
 
 
 def switching(model: nn.Module, generate: Generation, names: list[str]):

@@ -296,7 +296,8 @@ def prepared_for(base: Base, model: Any, rows: Any, settings: dict[str, Any], **
     )
     needed = base.batches([rows[number] for number in range(min(len(rows), settings.get("calibration", 32)))])
     if name in CANDIDATES:
-        units = choose(model, name, s2ft.S2FTConfig(**{**options, "selection": "random"}, seed=seed), needed, protect)
+        config = s2ft.S2FTConfig(**{**options, "selection": "random"}, seed=seed)
+        units = choose(model, name, config, needed, protect)
         return prepare(model, method, {"d_ratio": 0.0, "units": units.to_dict()}, seed=seed)
     needed = needed if METRICS[name].calibrated else None
     return prepare(model, method, options, seed=seed, calibration=needed, protect=protect, **more)

@@ -99,7 +99,8 @@ def at_least_one_unit(hollow: nn.Module, options: Mapping[str, Any]) -> dict[str
         fewest[projection.key] = min(fewest.get(projection.key, projection.count), projection.count)
     raised = dict(options)
     for key, count in fewest.items():
-        if 0 < options.get(f"{key}_ratio", 0) < 0.5 / count:
+        ratio = options.get(f"{key}_ratio", 0)
+        if 0 < ratio < 0.5 / count:
             raised[f"{key}_ratio"] = round(1 / count, 4)
     s2ft.plan(hollow, S2FTConfig(**raised))
     return raised

@@ -252,8 +252,9 @@ def choose(
         if needed and data is None:
             raise ValueError(f"{name} needs {what} data: pass {what}, an iterable of batches")
     device = next(model.parameters()).device
+    couplings = couplings_in_towers(model, find_couplings(model, config=config).couplings, config)
     request = ProtectedRequest(
-        requested_couplings(couplings_in_towers(model, find_couplings(model, config=config).couplings, config), config),
+        requested_couplings(couplings, config),
         config,
         model,
         Calibration(calibration, device) if candidate.calibrated else None,
