@@ -144,11 +144,7 @@ class AdapterBank:
             return self._bytes()
 
     def __contains__(self, name) -> bool:
-        with self._lock:
-            return name in self._entries
-
-    def __len__(self) -> int:
-        return len(self.names)
+        return name in self._entries
 
     def add(self, name: str, folder: str | os.PathLike) -> None:
         """Add the adapter of a folder. It is read when a batch first names it.
@@ -219,7 +215,7 @@ class AdapterBank:
             >>> s2ft.save_adapter(model, "adapters/math")
             >>> bank = s2ft.AdapterBank(s2ft.detach(model), "adapters")
             >>> bank.remove("math")
-            >>> len(bank)
+            >>> len(bank.names)
             0
         """
         with self._lock:

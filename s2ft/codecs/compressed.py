@@ -53,7 +53,7 @@ class Nvfp4(Codec):
 
     def unpack(self, packed: Packed) -> Blocks:
         codes = spread(packed["weight_packed"], 4, 1).unflatten(-1, (-1, self.block))
-        scale = packed["weight_scale"].to(torch.bfloat16)[..., None]
+        scale = packed["weight_scale"].float()[..., None]
         return Blocks(codes, (scale, packed["weight_global_scale"].view(1, 1, 1)))
 
     def pack(self, blocks: Blocks, packed: Packed) -> Packed:
@@ -67,7 +67,7 @@ class Nvfp4(Codec):
         return scales[0] / scales[1], 0.0
 
     def with_factor(self, factor: Tensor, scales: Scales) -> Scales:
-        return (factor * scales[1]).clamp(0, torch.finfo(FLOAT8).max).to(FLOAT8).to(torch.bfloat16), scales[1]
+        return (factor * scales[1]).clamp(0, torch.finfo(FLOAT8).max).to(FLOAT8).float(), scales[1]
 
 
 class Integer(Codec):

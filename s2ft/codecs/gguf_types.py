@@ -22,7 +22,7 @@ Plane = tuple[int, int, int, int]  # first byte, byte behind the last one, bits 
 class Gguf(Codec):
     """A type with one float16 scale for each block, and perhaps a float16 minimum."""
 
-    block, rounds = 32, False
+    block = 32
 
     def __init__(self, name: str, size: int, levels: range | tuple[int, ...], *planes: Plane) -> None:
         """Describe a type.

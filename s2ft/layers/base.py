@@ -610,7 +610,8 @@ class S2Layer(nn.Module):
 
     def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
         """What to write into a whole weight."""
-        return as_slices(self.kind.view(weight), *self._summands(cast(Tensor, self.base), s2), self.own_units, self.dim)
+        summands = self._summands(cast(Tensor, self.base), s2.detach())
+        return as_slices(self.kind.view(weight), *summands, self.own_units, self.dim)
 
     def _summands(self, base: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors whose sum the selected units get. `base` has the active loaded adapters, the file has not."""
@@ -791,6 +792,7 @@ class FileRounding:
     """Units of a weight as a quantized file has them.
 
     Attributes:
+        base: The file's values of the units, in the order of s2, float32.
         share: How far values go from base + s2, at 0, to what the file can hold, at 1.
     """
 
@@ -806,7 +808,8 @@ class FileRounding:
             dim: Dimension of the units.
         """
         self.codec, self.blocks, self.positions, self.dim = codec, blocks, positions, dim
-        self.base = codec.values(blocks).float()
+        self.base = self._in_order(codec.values(blocks).float())
+        self._last: Any = None, self.base, self.base  # of the last call: share and what s2 was like, s2, the values
 
     def __call__(self, s2: Tensor) -> Tensor:
         """The values of the units, in the order of s2, float32. Gradients flow to s2 unchanged."""
@@ -814,29 +817,38 @@ class FileRounding:
             codes, scales = self.blocks
             self.blocks = Blocks(codes.to(s2.device), tuple(scale.to(s2.device) for scale in scales))
             self.positions, self.base = self.positions.to(s2.device), self.base.to(s2.device)
-        with torch.no_grad():
-            wanted = self.base + s2.index_select(self.dim, self.positions).float()
-            coded = wanted
-            if self.share > 0:
-                coded = self.codec.values(self.codec.nearest(wanted, self.blocks)).float()
-                coded = torch.where(wanted.isfinite(), wanted.lerp(coded, self.share), wanted)  # a loss of NaN is seen
-            coded = torch.empty_like(coded).index_copy_(self.dim, self.positions, coded)
-        return coded + (s2 - s2.detach()) if s2.requires_grad and torch.is_grad_enabled() else coded
+        if s2.requires_grad and torch.is_grad_enabled():
+            return self._coded(s2.detach()) + (s2 - s2.detach())
+        # A slice is written after each step, and again before the next forward, when s2 is rarely another. A GPU would
+        # have to be waited for to know.
+        alike, known, coded = self._last
+        if s2.is_cuda or alike != (self.share, s2.dtype, s2.device) or not torch.equal(known, s2):
+            coded = self._coded(s2)
+            self._last = (self.share, s2.dtype, s2.device), s2.detach().clone(), coded
+        return coded
+
+    @torch.no_grad()
+    def _coded(self, s2: Tensor) -> Tensor:
+        wanted = self.base + s2.float()
+        if self.share == 0:
+            return wanted
+        nearest = self.codec.nearest(wanted.index_select(self.dim, self.positions), self.blocks)
+        coded = self._in_order(self.codec.values(nearest).float())
+        return wanted.lerp(coded, self.share)  # NaN where `wanted` is not finite: a loss of NaN is seen
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        return torch.empty_like(values).index_copy_(self.dim, self.positions, values)
 
     def summands(self, base: Tensor, s2: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Two tensors whose sum the units get that are at some positions in s2, by default all of them.
 
         base: their values in the weight, which other adapters may have changed.
         """
-        coded, held = self(s2), self.in_order()
+        coded, held = self(s2), self.base
         if positions is not None:
             coded, held = (one.index_select(self.dim, positions.to(one.device)) for one in (coded, held))
         return -(held.to(base.dtype) - base), coded  # -0.0 where equal: -0.0 + x is x for every x
 
     def delta(self, s2: Tensor) -> Tensor:
         """What the values of a call add to the base, for a layer whose weight stays packed."""
-        return self(s2) - self.in_order()
-
-    def in_order(self) -> Tensor:
-        """The file's values of the units, in the order of s2, float32."""
-        return torch.empty_like(self.base).index_copy_(self.dim, self.positions, self.base)
+        return self(s2) - self.base
