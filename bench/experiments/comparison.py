@@ -1,9 +1,9 @@
 """Train methods on tasks, and measure what they learn, forget and cost. The evidence and the paper's accuracies.
 
 Stages: (1) every row at each of its rates on each task of `sweep`, with the first seed; (2) its best rate, by the
-accuracy on validation examples, with all seeds and on all tasks; rows that are `screened` stop after (1); (3) time and
-memory of a few updates, if `costs` is set, one run at a time on all cores. Without `sweep` every rate has all seeds.
-A row with `longer` makes so many times the updates, for methods whose updates take less time.
+accuracy on validation examples, with all seeds and on all tasks; (3) time and memory of a few updates, if `costs` is
+set, one run at a time on all cores. Without `sweep` every rate has all seeds. A row with `longer` makes so many times
+the updates, for methods whose updates take less time.
 """
 
 import tempfile
@@ -37,7 +37,7 @@ OF_A_ROW = ("method", "options", "parameters", "phases", "protect", "trial")  # 
 KEYS = ("settings", "rows", "seeds", "tasks", "sweep", "steps", "rates", COSTS, "base", "equal_to")
 NEEDED = ("rows", "seeds", "tasks")
 SETTINGS = (*OF_LEARNING, "best", "save", "train", "tests", "answers", "scales")
-ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "screened", "longer")
+ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "longer")
 
 
 # ---- the plan --------------------------------------------------------------------------------------------
@@ -67,11 +67,6 @@ def rates_of(experiment: dict[str, Any], row: str) -> list[float]:
     """Return the learning rates of a row: its own, or those of the experiment."""
     entry = experiment["rows"][row]
     return [float(rate) for rate in entry.get("rates", [] if "rate_of" in entry else experiment.get("rates", []))]
-
-
-def full_rows(experiment: dict[str, Any]) -> list[str]:
-    """Return the rows that are not screened only."""
-    return [name for name, row in experiment["rows"].items() if not row.get("screened")]
 
 
 def trains_on(experiment: dict[str, Any], row: str, task: str) -> bool:
@@ -124,7 +119,7 @@ def later_runs(experiment: dict[str, Any], results: Results) -> list[ExperimentR
     rates = {
         (row, task): best_rate(experiment, results, row, task)
         for task in experiment["tasks"]
-        for row in full_rows(experiment)
+        for row in experiment["rows"]
         if trains_on(experiment, row, task)
     }
     chosen = [
@@ -138,7 +133,7 @@ def later_runs(experiment: dict[str, Any], results: Results) -> list[ExperimentR
 
 def cost_runs(experiment: dict[str, Any], rows: Sequence[str] | None = None) -> list[ExperimentRun]:
     """Return the runs that measure time and memory, if the experiment wants them."""
-    rows = full_rows(experiment) if rows is None else rows
+    rows = experiment["rows"] if rows is None else rows
     rounds = range(ROUNDS if experiment.get(COSTS) else 0)
     return [run_of(experiment, row, COSTS, 1e-4, number) for number in rounds for row in rows]
 

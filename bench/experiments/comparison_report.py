@@ -9,17 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from bench.experiments.comparison import (
-    COSTS,
-    ROUNDS,
-    base_runs,
-    best_rate,
-    cost_runs,
-    full_rows,
-    rates_of,
-    run_of,
-    trains_on,
-)
+from bench.experiments.comparison import COSTS, ROUNDS, base_runs, best_rate, cost_runs, rates_of, run_of, trains_on
 from bench.experiments.printing import Column, Figure, Series, Spread, Table, failures
 from bench.experiments.runner import ExperimentRun, Results
 
@@ -53,7 +43,7 @@ class ExperimentReport:
     def __init__(self, experiment: dict[str, Any], results: Results) -> None:
         self.experiment, self.results = experiment, results
         self.titles = {name: row.get("title", name) for name, row in experiment["rows"].items()}
-        self.full, self.seeds = full_rows(experiment), experiment["seeds"]
+        self.seeds = experiment["seeds"]
         self.sweep = experiment.get("sweep")
 
     def run(self, row: str, task: str, rate: float, seed: int) -> ExperimentRun:
@@ -123,20 +113,20 @@ class ExperimentReport:
         base = [self.numbers(run) for run in base_runs(self.experiment) if run.labels["task"] == task]
         rows = [(["the base", None], [one for one in base if one])] if base else []
         missing = []
-        for row in self.full:
+        for row in self.titles:
             if self.sweep and not trains_on(self.experiment, row, task):
                 continue
             for rate in [self.rate(row, task)] if self.sweep else rates_of(self.experiment, row):
                 found = self.over_seeds(row, task, rate)
                 rows.append(([self.titles[row], rate], found))
                 missing += [f"{self.titles[row]}: {len(found)}"] if len(found) < len(self.seeds) else []
-        notes = [f"Mean ± standard deviation over {len(self.seeds)} seeds."]
+        notes = [f"Mean ± standard deviation over {len(self.seeds)} seeds."] if len(self.seeds) > 1 else []
         notes += [f"Fewer seeds are there of {', '.join(missing)}."] if missing else []
         found = [line["rows"][0] for line in self.results.lines.values() if line.get("rows")]
         leaked = max((one.get("trained_on_tests", 0) for one in found), default=0)
         notes += [f"The questions of {leaked} rows of the tests are in the training data."] if leaked else []
         grid = [
-            (row, rate, seed) for row in self.full for rate in rates_of(self.experiment, row) for seed in self.seeds
+            (row, rate, seed) for row in self.titles for rate in rates_of(self.experiment, row) for seed in self.seeds
         ]
         runs = [] if self.sweep else [self.run(row, task, rate, seed) for row, rate, seed in grid]
         title = f"Task {task}: each method at its learning rate" if self.sweep else self.experiment["title"]
@@ -151,7 +141,7 @@ class ExperimentReport:
             Column("tokens_per_second", "tokens/s", ".0f"), Column("peak_bytes", "memory (bytes)", ",.0f"),
         )  # fmt: skip
         cells = []
-        for row in self.full:
+        for row in self.titles:
             for rate in rates_of(self.experiment, row):
                 found = [self.results.row(self.run(row, task, rate, seed)) for seed in self.seeds]
                 found = [{**one, "last": one["losses"][-1]} for one in found if one]
@@ -163,7 +153,7 @@ class ExperimentReport:
     def cost_table(self) -> Table:
         """Make the table of time and memory."""
         cells = []
-        for row in self.full:
+        for row in self.titles:
             found = self.costs(row)
             cells.append([self.titles[row], *(found.get(column.name, "not run") for column in COST_COLUMNS)])
         notes = [
@@ -179,7 +169,7 @@ class ExperimentReport:
         """Make the table of all learning rates on a task, with one seed."""
         rows = [
             ([self.titles[row], rate, "chosen" if rate == self.rate(row, task) else ""], [one] if one else [])
-            for row in self.full
+            for row in self.titles
             for rate, one in self._swept(row, task)
         ]
         head = [Column("row", "method"), Column("rate", "rate"), Column("chosen")]
@@ -199,7 +189,7 @@ class ExperimentReport:
         Of the learning rates whose forgetting is within a limit, the one with the best validation accuracy counts.
         """
         cells = []
-        for row in self.full:
+        for row in self.titles:
             found = [one for _, one in self._swept(row, task) if one is not None]
             within = [[one for one in found if forgetting_of(one) <= limit] for limit in LIMITS]
             best = [max(ones, key=lambda one: one["validation"]) if ones else None for ones in within]
@@ -218,7 +208,7 @@ class ExperimentReport:
         """
         losses = {
             row: {seed: found for seed in self.seeds if (found := self._losses_within(row, task, seed))}
-            for row in self.full
+            for row in self.titles
         }
         lora, cells = losses.get("lora", {}), []
         for row, found in losses.items():
@@ -241,21 +231,6 @@ class ExperimentReport:
         runs = [self.results.row(self.run(row, task, rate, seed)) for rate in rates_of(self.experiment, row)]
         curves = [run["scaled"] for run in runs if run]
         return [min(_best_within(curve, limit) for curve in curves)[1] for limit in FRONTIER] if curves else []
-
-    def candidates_table(self) -> Table:
-        """Make the table of the selections that were tried, beside the random selection at the same rate."""
-        task, rows = self.sweep[0], []
-        screened = [row for row in self.experiment["rows"].values() if row.get("screened")]
-        tried = sorted({float(rate) for row in screened for rate in row["rates"]})
-        for row, entry in self.experiment["rows"].items():
-            for rate in tried if entry["method"] == "s2ft" else ():
-                if rate in rates_of(self.experiment, row):
-                    run = self.run(row, task, rate, self.seeds[0])
-                    trained, found = (self.results.row(run) or {}).get("trainable"), self.numbers(run)
-                    rows.append(([self.titles[row], trained and trained / 1e6], [found] if found else []))
-        title = f"Task {task}: selections at the learning rate {' and '.join(map(str, tried))}, one seed"
-        head = [Column("row", "selection"), Column("trained", "trained M", ".2f")]
-        return self._one_seed("selections", title, head, rows)
 
     def verdict_table(self) -> Table:
         """Make the table of the best S²FT row against the best LoRA row of each task, over the seeds.
@@ -285,7 +260,7 @@ class ExperimentReport:
     def best_of(self, kind: str, task: str) -> str | None:
         """Return the row of S²FT, or of LoRA and its variants, with the best validation accuracy on a task."""
         methods = {"s2ft": ("s2ft",), "lora": ("lora", "dora", "rslora")}[kind]
-        rows = [row for row in self.full if self.experiment["rows"][row]["method"] in methods]
+        rows = [row for row in self.titles if self.experiment["rows"][row]["method"] in methods]
         means = {
             row: statistics.fmean(run["validation"] for run in runs)
             for row in rows
@@ -298,7 +273,7 @@ class ExperimentReport:
     def sweep_figures(self, task: str) -> list[Figure]:
         """Draw accuracy against forgetting, at all learning rates, and accuracy against memory, over the seeds."""
         curves, points = [], []
-        for row in self.full:
+        for row in self.titles:
             found = sorted((one for _, one in self._swept(row, task) if one is not None), key=forgetting_of)
             if found:
                 x, y = map(forgetting_of, found), (one["test"] for one in found)
@@ -346,8 +321,7 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
     if not report.sweep:
         return [*tasks, *(report.training_table(task) for task in experiment["tasks"])]
     swept = [make(task) for task in report.sweep for make in (report.sweep_table, report.limits_table)]
-    more = [report.candidates_table()] if any(row.get("screened") for row in experiment["rows"].values()) else []
-    return [report.verdict_table(), *tasks, *swept, *more, *costs]
+    return [report.verdict_table(), *tasks, *swept, *costs]
 
 
 def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:

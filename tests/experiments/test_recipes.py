@@ -122,7 +122,7 @@ def test_the_sweep_has_every_rate_of_every_row_once(evidence):
         == sum(len(row.get("rates", [])) for row in evidence["rows"].values())
     )
     for name, row in evidence["rows"].items():
-        assert row.get("screened") or row.get("rate_of") or len(row["rates"]) == 4, name
+        assert row.get("rate_of") or len(row["rates"]) == 4, name
 
 
 def test_validation_accuracy_chooses_the_rate_and_forgetting_breaks_ties(evidence, tmp_path):

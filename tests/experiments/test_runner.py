@@ -109,7 +109,13 @@ def test_the_committed_tables_are_printed_from_the_committed_runs(tmp_path):
     from bench.experiments.__main__ import chosen, parser, read, report
 
     folder = runner.Path(runner.__file__).parent / "results"
-    names = {"evidence": [], "frontier": [], "second-model": [], "small-sequence": ["--only", "s2ft-disjoint", "lora"]}
+    names = {
+        "evidence": [],
+        "screening": [],
+        "frontier": [],
+        "second-model": [],
+        "small-sequence": ["--only", "s2ft-disjoint", "lora"],
+    }
     for name, only in names.items():
         lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -118,7 +124,7 @@ def test_the_committed_tables_are_printed_from_the_committed_runs(tmp_path):
         report(name, recipe, Results(tmp_path / f"{name}.jsonl"), tmp_path)
         assert all(json.loads(line)["status"] == DONE for line in lines.splitlines())
     printed = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.md")}
-    assert len(printed) == 18 and printed == {
+    assert len(printed) == 19 and printed == {
         file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")
     }
     assert {file.name for file in tmp_path.glob("*.png")} == {"evidence-forgetting.png", "evidence-memory.png"}
