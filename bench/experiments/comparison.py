@@ -70,8 +70,8 @@ def rates_of(experiment: dict[str, Any], row: str) -> list[float]:
 
 
 def trains_on(experiment: dict[str, Any], row: str, task: str) -> bool:
-    """Whether the experiment wants a row on a task; every row is on the tasks of the sweep."""
-    return task in experiment.get("sweep", ()) or task in experiment["rows"][row].get("tasks", experiment["tasks"])
+    """Whether the experiment wants a row on a task."""
+    return task in experiment["rows"][row].get("tasks", experiment["tasks"])
 
 
 def best_rate(experiment: dict[str, Any], results: Results, row: str, task: str) -> float | None:

@@ -268,7 +268,7 @@ def coded_deltas(record: Record, deltas: Mapping[str, Delta]) -> dict[str, Delta
     found = dict(deltas)
     for name, (mount, part) in record.parts.items():
         if (rounding := mount.layer.rounding) is not None:
-            values = rounding.delta(mount.layer.full_s2().detach())
+            values = rounding(mount.layer.full_s2().detach()) - rounding.base
             found[name] = replace(
                 found[name], values=values.index_select(rounding.dim, part.positions.to(values.device))
             )

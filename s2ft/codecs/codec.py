@@ -179,12 +179,9 @@ class Codec(ABC):
         error = torch.minimum(self._distance(values, levels, scales), self._distance(values, present, scales))
         total = _sum(error.square_())
 
-        def others() -> Iterator[Scales]:
-            yield from self.candidates(values, scales)
-            # Only from the best of them: a search from each takes up to twice the time, and hardly lowers the error
-            yield self.refit(values, levels, scales)
-
-        for other in others():
+        for other in (*self.candidates(values, scales), None):
+            if other is None:  # only from the best: a search from each takes up to twice the time, and hardly helps
+                other = self.refit(values, levels, scales)
             its_levels = _look_up(grid.sorted, grid.nearest(self._unscaled(values, other)))
             its_total = _sum(self._distance(values, its_levels, other).square_())
             better = its_total < total
@@ -230,18 +227,16 @@ class Grid:
         order = order[levels[order].isfinite()]
         order = order[torch.cat([levels.new_ones(1), levels[order].diff()]) != 0]
         self.sorted, self.code_of = levels[order], order.to(torch.uint8)
-        middles = (self.sorted[1:] + self.sorted[:-1]) / 2
-        self.middles, self.places = middles, None
-        if torch.equal(middles.bfloat16().float(), middles):
+        self.middles, self.places = (self.sorted[1:] + self.sorted[:-1]) / 2, None
+        if torch.equal(self.middles.bfloat16().float(), self.middles):
             # The first 16 bits of a float32 then say where it lies: a look-up, in 1/30 of the time of a search
             bits = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=levels.device)
             below, above = bits.view(torch.bfloat16).float().chunk(2)
-            self.places = torch.cat(
-                [torch.bucketize(below, middles), torch.bucketize(above, middles, right=True)]
-            ).int()
+            places = torch.bucketize(below, self.middles), torch.bucketize(above, self.middles, right=True)
+            self.places = torch.cat(places).to(torch.uint8)
 
     def nearest(self, wanted: Tensor) -> Tensor:
-        """The places of the levels that are nearest to some numbers, int32."""
+        """The places of the levels that are nearest to some numbers, int32 or uint8."""
         if self.places is None:
             return torch.bucketize(wanted, self.middles, out_int32=True)
         return _look_up(self.places, (wanted.view(torch.int32) >> 16).add_(2**15))

@@ -809,7 +809,7 @@ class FileRounding:
         """
         self.codec, self.blocks, self.positions, self.dim = codec, blocks, positions, dim
         self.base = self._in_order(codec.values(blocks).float())
-        self._last: Any = None, self.base, self.base  # of the last call: share and what s2 was like, s2, the values
+        self._last: Any = None, self.base, self.base  # of the last call: share and dtype, s2, the values
 
     def __call__(self, s2: Tensor) -> Tensor:
         """The values of the units, in the order of s2, float32. Gradients flow to s2 unchanged."""
@@ -818,23 +818,26 @@ class FileRounding:
             self.blocks = Blocks(codes.to(s2.device), tuple(scale.to(s2.device) for scale in scales))
             self.positions, self.base = self.positions.to(s2.device), self.base.to(s2.device)
         if s2.requires_grad and torch.is_grad_enabled():
-            return self._coded(s2.detach()) + (s2 - s2.detach())
+            return self._coded(s2.detach(), self.share) + (s2 - s2.detach())
+        if s2.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._coded(s2, self.share)
         # A slice is written after each step, and again before the next forward, when s2 is rarely another. A GPU would
         # have to be waited for to know.
         alike, known, coded = self._last
-        if s2.is_cuda or alike != (self.share, s2.dtype, s2.device) or not torch.equal(known, s2):
-            coded = self._coded(s2)
-            self._last = (self.share, s2.dtype, s2.device), s2.detach().clone(), coded
+        if alike != (self.share, s2.dtype) or not torch.equal(known, s2):
+            alike, known = (self.share, s2.dtype), s2.detach().clone()  # another thread may change s2 from now on
+            coded = self._coded(known, alike[0])
+            self._last = alike, known, coded
         return coded
 
     @torch.no_grad()
-    def _coded(self, s2: Tensor) -> Tensor:
+    def _coded(self, s2: Tensor, share: float) -> Tensor:
         wanted = self.base + s2.float()
-        if self.share == 0:
+        if share == 0:
             return wanted
         nearest = self.codec.nearest(wanted.index_select(self.dim, self.positions), self.blocks)
         coded = self._in_order(self.codec.values(nearest).float())
-        return wanted.lerp(coded, self.share)  # NaN where `wanted` is not finite: a loss of NaN is seen
+        return wanted.lerp(coded, share)  # NaN where `wanted` is not finite: a loss of NaN is seen
 
     def _in_order(self, values: Tensor) -> Tensor:
         return torch.empty_like(values).index_copy_(self.dim, self.positions, values)
@@ -848,7 +851,3 @@ class FileRounding:
         if positions is not None:
             coded, held = (one.index_select(self.dim, positions.to(one.device)) for one in (coded, held))
         return -(held.to(base.dtype) - base), coded  # -0.0 where equal: -0.0 + x is x for every x
-
-    def delta(self, s2: Tensor) -> Tensor:
-        """What the values of a call add to the base, for a layer whose weight stays packed."""
-        return self(s2) - self.base

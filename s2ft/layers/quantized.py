@@ -71,7 +71,7 @@ class S2QuantizedLinear(S2Layer):
         """Run the layer: input [..., in_features] → output [..., out_features]."""
         if not self.enabled:
             return self.linear.forward(input)
-        delta = self.s2 if self.rounding is None else self.rounding.delta(self.s2)
+        delta = self.s2 if self.rounding is None else self.rounding(self.s2) - self.rounding.base
         return quantized_forward(self.linear, input, delta, self.selected_units(), self.dim)
 
 

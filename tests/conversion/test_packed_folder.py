@@ -77,7 +77,9 @@ def computed_with(model, path):
     if not hasattr(layer, "linear"):
         return layer.weight.detach().clone()
     weight = layer.kind.matrix(layer).float()
-    return weight.index_add(layer.dim, layer.selected_units(), layer.rounding.delta(layer.s2).detach())
+    return weight.index_add(
+        layer.dim, layer.selected_units(), (layer.rounding(layer.s2) - layer.rounding.base).detach()
+    )
 
 
 def plain_weights(base):
