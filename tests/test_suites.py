@@ -46,10 +46,3 @@ def test_a_run_is_counted_and_shown(outputs, monkeypatch, capsys):
     assert "| `tests` | some tests | 1, 1: **red** | 1 |" in page and "test_wrong" in page and "needs a | card" in page
     assert "stale*" not in page.partition("\n## ")[0].partition("|---")[2]
     assert "*stale*" in suite_page.page(suites.MATRIX, datetime.date.today() + datetime.timedelta(days=31))
-
-    monkeypatch.setattr("sys.argv", ["suites.py", "fine"])
-    assert suites.main() == 0 and "fine: passed at this commit" in capsys.readouterr().out  # it is not run again
-
-
-def test_a_suite_that_never_ran_is_stale(outputs):
-    assert suite_page.page(suites.MATRIX).count("never: *stale*") == len(suites.SUITES)

@@ -113,7 +113,11 @@ def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dt
     one, two = attached(base, dtype, layout="indexed"), load_model(str(base), dtype, keep_packed=True)[0]
     kept = sum(isinstance(layer, PackedLinear) for layer in two.modules())
     eager = load_model(str(base), dtype, keep_packed=True, attn_implementation="eager")[0].config
-    assert eager._attn_implementation == "eager" and kept >= 14 and s2ft.estimate(two, config_of(two, layout="indexed"), 1, 8).peak
+    assert (
+        eager._attn_implementation == "eager"
+        and kept >= 14
+        and s2ft.estimate(two, config_of(two, layout="indexed"), 1, 8).peak
+    )
     two = with_adapter(two, config_of(two, layout="indexed"))
     ours, theirs = train(two), train(one)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-2) and ours[-1] < ours[0]
