@@ -241,7 +241,7 @@ class SelectArguments(Options):
     )
     calibration_examples: int | None = option(None, group="model and data", **CALIBRATION)
     protect: list[str] = option([], group="model and data", **PROTECT)
-    protect_rows: int = option(128, group="model and data", **PROTECT_ROWS)
+    protect_rows: int = option(32, group="model and data", **PROTECT_ROWS)
     batch_size: int = option(8, "rows of one forward pass", group="model and data", unit="rows", least=1)
     max_length: int = option(
         1024, "longest row; a longer row is left out", group="model and data", unit="tokens", least=1

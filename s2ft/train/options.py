@@ -218,7 +218,7 @@ class ForgettingOptions:
     )
     stop_at_kl: float | None = option(None, "stop when KL(base||model) is above this", unit="nats", shown="no limit")
     protect: list[str] = option([], **PROTECT)
-    protect_rows: int = option(128, **PROTECT_ROWS)
+    protect_rows: int = option(32, **PROTECT_ROWS)
 
     def __post_init__(self) -> None:
         check_fields(self)
