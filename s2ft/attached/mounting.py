@@ -163,9 +163,8 @@ def _rounding_of(base: GgufFile | PackedFolder, path: str, mounted: Mount) -> Fi
     if is_part or mounted.original is None or layer.kind.transposed or layer.is_managed:
         raise ValueError(f"codec: {path} is not one plain weight of {base.path} on one device")
     coded = FileRounding(*base.unit_blocks(path, part.elements, layer.dim), part.positions, layer.dim)
-    now = (
-        layer.kind.matrix(layer).detach().index_select(layer.dim, layer.selected_units().to(layer.weight.device)).cpu()
-    )
+    matrix = layer.kind.matrix(layer).detach()
+    now = matrix.index_select(layer.dim, layer.selected_units().to(matrix.device)).cpu()
     is_same = torch.equal(coded.base.to(now.dtype), now)
     if not is_same and getattr(base, "conversions", None):  # unpacked in the model's dtype, which rounds in between
         error = 4 * torch.finfo(now.dtype).eps

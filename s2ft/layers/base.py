@@ -610,8 +610,9 @@ class S2Layer(nn.Module):
 
     def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
         """What to write into a whole weight."""
-        summands = self._summands(cast(Tensor, self.base), s2.detach())
-        return as_slices(self.kind.view(weight), *summands, self.own_units, self.dim)
+        return as_slices(
+            self.kind.view(weight), *self._summands(cast(Tensor, self.base), s2.detach()), self.own_units, self.dim
+        )
 
     def _summands(self, base: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors whose sum the selected units get. `base` has the active loaded adapters, the file has not."""

@@ -112,12 +112,9 @@ def test_the_base_comes_back_and_training_goes_on(small, tmp_path):
 def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dtype):
     one, two = attached(base, dtype, layout="indexed"), load_model(str(base), dtype, keep_packed=True)[0]
     kept = sum(isinstance(layer, PackedLinear) for layer in two.modules())
-    eager = load_model(str(base), dtype, keep_packed=True, attn_implementation="eager")[0].config
-    assert (
-        eager._attn_implementation == "eager"
-        and kept >= 14
-        and s2ft.estimate(two, config_of(two, layout="indexed"), 1, 8).peak
-    )
+    other = load_model(str(base), dtype, keep_packed=True, attn_implementation="eager")[0]
+    assert other.config._attn_implementation == "eager"
+    assert kept >= 14 and s2ft.estimate(two, config_of(two, layout="indexed"), 1, 8).peak
     two = with_adapter(two, config_of(two, layout="indexed"))
     ours, theirs = train(two), train(one)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-2) and ours[-1] < ours[0]
@@ -125,8 +122,9 @@ def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dt
     for path, layer in two.named_modules():
         if getattr(layer, "rounding", None) is not None:
             weight = layer.kind.matrix(layer)
-            delta = layer.rounding(layer.s2) - layer.rounding.base
-            weight.index_add_(layer.dim, layer.selected_units(), delta.detach())
+            weight.index_add_(
+                layer.dim, layer.selected_units(), (layer.rounding(layer.s2) - layer.rounding.base).detach()
+            )
             assert torch.equal(weight, tuned.get_submodule(path).weight), path
 
 
