@@ -25,9 +25,6 @@ batch, and how much forgetting is allowed: a higher rate learns more of the task
 
 What a weight moves grows with the number of updates too. A run of fewer than 32 gets the rate times 32 / updates, at
 most twice (`python -m bench.experiments updates`, `frontier`). More updates do not lower it: nothing was measured.
-
-Units that other text needs little (`protect`) move the outputs for that text less: they get three times the rate, which
-was tried on SmolLM2 (`frontier`, 37 to 39, `updates`, 4).
 """
 
 import statistics
@@ -261,9 +258,7 @@ HIGHEST = 1e-2  # nothing is known of higher rates
 FEWEST_UPDATES = 32  # that a run should make, and that get the rate of the rule; fewer get a higher rate
 
 
-def suggested_rate(
-    width: int, share: float, size: float, updates: int = FEWEST_UPDATES, is_protected: bool = False
-) -> float:
+def suggested_rate(width: int, share: float, size: float, updates: int = FEWEST_UPDATES) -> float:
     """Return a learning rate with which to start a search, for AdamW and S²FT's slices.
 
     Args:
@@ -271,7 +266,6 @@ def suggested_rate(
         share: Share that is trained of the weights that S²FT can train, above 0, see :func:`rate_of_adapter`.
         size: Root mean square of the trained weights, see :func:`weight_size`.
         updates: Number of updates of the run.
-        is_protected: Whether the units are those that other text needs little.
 
     Returns:
         The rate with one significant digit. The good rates that are known are within a factor of 10.
@@ -281,7 +275,7 @@ def suggested_rate(
         >>> suggested_rate(4096, 0.008, 0.015)
         0.0001
     """
-    more = min(max(FEWEST_UPDATES / updates, 1), 2) * (3 if is_protected else 1)
+    more = min(max(FEWEST_UPDATES / updates, 1), 2)
     return float(f"{min(more * FACTOR * size / (share * width**0.5), HIGHEST):.0e}")
 
 
@@ -303,7 +297,7 @@ def rate_of_adapter(model: nn.Module, updates: int) -> float:
     every = {(one.path, one.expert): weight_at(model, one).shape.numel() for one in record.projections.values()}
     share = sum(full_shape(mount.layer.s2).numel() for mount in record.mounts.values()) / sum(every.values())
     size = run_where_weights_are("the size of the weights", model, partial(weight_size, model, chosen))
-    return suggested_rate(width_of(model), share, size, updates, record.config.protect_ratio is not None)
+    return suggested_rate(width_of(model), share, size, updates)
 
 
 def weight_size(model: nn.Module, projections: Iterable[Projection]) -> float:

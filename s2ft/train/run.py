@@ -158,7 +158,7 @@ class Run:
         rate = self.arguments.learning_rate = rate_of_adapter(model, updates)
         self.say(
             f"learning rate {rate:g}, by the width, the share that is trained, the size of the weights and {updates:,} "
-            f"updates{', of protected units' if self.config.protect_ratio else ''}; --learning-rate sets another"
+            "updates; --learning-rate sets another"
         )
         return replace(self, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 

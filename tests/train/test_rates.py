@@ -28,12 +28,6 @@ def test_a_short_run_gets_up_to_twice_the_rate():
     assert found == [1e-3, 1e-3, 7e-4, 5e-4, 5e-4]
 
 
-def test_protected_units_get_three_times_the_rate():
-    texts = torch.arange(24).view(2, 12)
-    one, two = (with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.5), protect=way) for way in (None, [texts]))
-    assert rates.rate_of_adapter(two, 32) == pytest.approx(3 * rates.rate_of_adapter(one, 32), rel=0.2)
-
-
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_the_rate_of_an_adapter_follows_from_its_share_and_the_size_of_its_weights(layout):
     model = with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.5, q_ratio=0.5, layout=layout))
