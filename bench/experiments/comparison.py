@@ -1,9 +1,11 @@
 """Train methods on tasks, and measure what they learn, forget and cost. The evidence and the paper's accuracies.
 
-Stages: (1) every row at each of its rates on each task of `sweep`, with the first seed; (2) its best rate, by the
-accuracy on validation examples, with all seeds and on all tasks; (3) time and memory of a few updates, if `costs` is
-set, one run at a time on all cores. Without `sweep` every rate has all seeds. A row with `longer` makes so many times
-the updates, for methods whose updates take less time.
+Stages: (1) the base, and every row at each of its rates, on each task with each seed; (2) time and memory of a few
+updates, if `costs` is set, one run at a time on all cores. `rates` of a row may be a list for each task. A row with
+`longer` makes so many times the updates, for methods whose updates take less time.
+
+With `scales` each run gives a curve: its delta times each scale, with losses and forgetting. `answer_within` is a limit
+of forgetting: the test questions are answered at the scale with the lowest validation loss within it.
 """
 
 import tempfile
@@ -34,10 +36,10 @@ ROUNDS = 2  # of each row
 BASE_TOKENS = 160  # the least that the base may write: it writes long answers before it comes to the number
 OF_A_ROW = ("method", "options", "parameters", "phases", "protect", "trial")  # what a run's numbers depend on
 # The keys of a recipe, those that it must have, those of its settings, and those of a row
-KEYS = ("settings", "rows", "seeds", "tasks", "sweep", "steps", "rates", COSTS, "base", "equal_to")
+KEYS = ("settings", "rows", "seeds", "tasks", "steps", "rates", COSTS, "base", "equal_to")
 NEEDED = ("rows", "seeds", "tasks")
-SETTINGS = (*OF_LEARNING, "best", "save", "train", "tests", "answers", "scales")
-ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "longer")
+SETTINGS = (*OF_LEARNING, "best", "save", "train", "tests", "answers", "scales", "answer_within")
+ROW = (*OF_A_ROW, "title", "rates", "tasks", "longer")
 
 
 # ---- the plan --------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
     entry = {"method": BASE} if row == BASE else experiment["rows"][row]
     settings = {**experiment["settings"], **{key: entry[key] for key in OF_A_ROW if key in entry}}
     settings |= {
-        "task": experiment.get("sweep", experiment["tasks"])[0] if task == COSTS else task,
+        "task": experiment["tasks"][0] if task == COSTS else task,
         "rate": rate,
         "seed": seed,
     }
@@ -63,46 +65,23 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
     return ExperimentRun({"row": row, "task": task, "rate": rate, "seed": seed}, settings)
 
 
-def rates_of(experiment: dict[str, Any], row: str) -> list[float]:
-    """Return the learning rates of a row: its own, or those of the experiment."""
+def rates_of(experiment: dict[str, Any], row: str, task: str) -> list[float]:
+    """Return the learning rates of a row on a task: its own, or those of the experiment. None if it skips the task."""
     entry = experiment["rows"][row]
-    return [float(rate) for rate in entry.get("rates", [] if "rate_of" in entry else experiment.get("rates", []))]
+    if task not in entry.get("tasks", experiment["tasks"]):
+        return []
+    rates = entry.get("rates", experiment.get("rates", []))
+    return list(map(float, rates[task] if isinstance(rates, dict) else rates))
 
 
-def trains_on(experiment: dict[str, Any], row: str, task: str) -> bool:
-    """Whether the experiment wants a row on a task."""
-    return task in experiment["rows"][row].get("tasks", experiment["tasks"])
-
-
-def best_rate(experiment: dict[str, Any], results: Results, row: str, task: str) -> float | None:
-    """Return the rate with the best accuracy on validation examples, or None if a run of the row is missing.
-
-    It is chosen on the task itself if that is in the sweep, else on the first task of the sweep. Of equal ones it is
-    the one with the least forgetting.
-    """
-    entry, sweep = experiment["rows"][row], experiment["sweep"]
-    if "rate_of" in entry:  # the same computation in another dtype
-        return best_rate(experiment, results, entry["rate_of"], task)
-    on, found = task if task in sweep else sweep[0], []
-    for rate in rates_of(experiment, row):
-        one = results.row(run_of(experiment, row, on, rate, experiment["seeds"][0]))
-        if one is None:
-            return None
-        found.append((-one["validation"], next(iter(one.get("forgetting", {}).values()), 0.0), rate))
-    return min(found)[2]
-
-
-def sweep_runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
-    """Return the runs of the first stage, one rate of each row after the other."""
-    rates = {row: rates_of(experiment, row) for row in experiment["rows"]}
-    seeds = experiment["seeds"][:1] if "sweep" in experiment else experiment["seeds"]
+def training_runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
+    """Return the runs that train and are scored, seed after seed."""
     return [
-        run_of(experiment, row, task, rates[row][number], seed)
-        for task in experiment.get("sweep", experiment["tasks"])
-        for number in range(max(map(len, rates.values())))
-        for row in rates
-        if number < len(rates[row])
-        for seed in seeds
+        run_of(experiment, row, task, rate, seed)
+        for seed in experiment["seeds"]
+        for task in experiment["tasks"]
+        for row in experiment["rows"]
+        for rate in rates_of(experiment, row, task)
     ]
 
 
@@ -110,25 +89,6 @@ def base_runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
     """Return the runs that score the base, if the experiment wants them."""
     tasks = experiment["tasks"] if experiment.get("base") else ()
     return [run_of(experiment, BASE, task, 0.0, experiment["seeds"][0]) for task in tasks]
-
-
-def later_runs(experiment: dict[str, Any], results: Results) -> list[ExperimentRun]:
-    """Return the runs of the second stage of all rows whose first stage is complete, seed after seed."""
-    if "sweep" not in experiment:
-        return base_runs(experiment)
-    rates = {
-        (row, task): best_rate(experiment, results, row, task)
-        for task in experiment["tasks"]
-        for row in experiment["rows"]
-        if trains_on(experiment, row, task)
-    }
-    chosen = [
-        run_of(experiment, row, task, rate, seed)
-        for seed in experiment["seeds"]
-        for (row, task), rate in rates.items()
-        if rate is not None
-    ]
-    return [*base_runs(experiment), *chosen]
 
 
 def cost_runs(experiment: dict[str, Any], rows: Sequence[str] | None = None) -> list[ExperimentRun]:
@@ -141,7 +101,7 @@ def cost_runs(experiment: dict[str, Any], rows: Sequence[str] | None = None) -> 
 def stages(experiment: dict[str, Any]) -> list[Stage]:
     """Check the experiment and return its stages. What would fail hours later fails here."""
     settings = experiment["settings"]
-    check_names("tasks", [*experiment["tasks"], *experiment.get("sweep", ())], TASKS)
+    check_names("tasks", experiment["tasks"], TASKS)
     for task in experiment["tasks"]:
         files_of(task, settings)
     if settings.get("best") and not settings["questions"].get("validation"):
@@ -155,12 +115,12 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
             trained_parameters(hollow, row["method"], options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"row {name}: {error}") from error
-        rates = rates_of(experiment, name)
-        if any(rate <= 0 for rate in rates) or not rates and "rate_of" not in row:
-            raise ValueError(f"row {name}: rates must be positive, got {row.get('rates')!r}")
+        for task in row.get("tasks", experiment["tasks"]):
+            rates = rates_of(experiment, name, task)
+            if not rates or any(rate <= 0 for rate in rates):
+                raise ValueError(f"row {name}: rates must be positive, got {row.get('rates')!r}")
     return [
-        Stage(lambda results: sweep_runs(experiment)),
-        Stage(lambda results: later_runs(experiment, results)),
+        Stage(lambda results: [*base_runs(experiment), *training_runs(experiment)]),
         Stage(lambda results: cost_runs(experiment), alone=True),
     ]
 
@@ -238,16 +198,27 @@ def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
 
 @torch.no_grad()
 def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
-    """Measure the base, and the trained delta times each of `scales`: the losses of the answers, and the forgetting."""
+    """Measure the base, and the trained delta times each of `scales`: the losses of the answers, and the forgetting.
+
+    With `answer_within` the test questions are answered too, at the scale with the lowest validation loss within it.
+    """
     found = [{"scale": 0.0, "forgetting": 0.0, **base.base_losses(settings)}]
     model, start = merged(prepared).eval(), dict(base_of(settings).model.named_parameters())
     trained = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    for scale in settings["scales"]:
+
+    def scale_by(scale: float) -> None:
         for name, parameter in model.named_parameters():
             parameter.copy_(start[name].lerp(trained[name], scale))
+
+    for scale in settings["scales"]:
+        scale_by(scale)
         forgetting = next(iter(base.distance(model, settings)["forgetting"].values()))
         found.append({"scale": scale, "forgetting": forgetting, **base.losses(model, task, settings)})
-    return {"scaled": found}
+    if "answer_within" not in settings:
+        return {"scaled": found}
+    within = [one for one in found if one["forgetting"] <= settings["answer_within"]]
+    scale_by(min(within, key=lambda one: one["validation"])["scale"])
+    return {"scaled": found, "tests": base.scores(model, task, settings)}
 
 
 def _of_training(prepared: Prepared, trained: TrainedRun, peak: int) -> dict[str, Any]:

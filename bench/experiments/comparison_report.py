@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from bench.experiments.comparison import COSTS, ROUNDS, base_runs, best_rate, cost_runs, rates_of, run_of, trains_on
+from bench.experiments.comparison import COSTS, ROUNDS, base_runs, cost_runs, rates_of, run_of
 from bench.experiments.printing import Column, Figure, Series, Spread, Table, failures
 from bench.experiments.runner import ExperimentRun, Results
 
-LIMITS = (0.05, 0.1, 0.2)  # of forgetting, in nats a token
-FRONTIER = (0.01, *LIMITS[:2], math.inf)
-PAIRED = FRONTIER.index(0.05)  # the limit at which methods are compared seed by seed
+LIMITS = (0.01, 0.05, 0.1, math.inf)  # of forgetting, in nats a token
+PAIRED = LIMITS.index(0.05)  # the limit at which methods are compared seed by seed
 PERCENT, NATS = ".1f", ".3f"
 MEASURES = {
     "test": Column("test", "test %", PERCENT),
@@ -44,7 +43,6 @@ class ExperimentReport:
         self.experiment, self.results = experiment, results
         self.titles = {name: row.get("title", name) for name, row in experiment["rows"].items()}
         self.seeds = experiment["seeds"]
-        self.sweep = experiment.get("sweep")
 
     def run(self, row: str, task: str, rate: float, seed: int) -> ExperimentRun:
         return run_of(self.experiment, row, task, rate, seed)
@@ -68,13 +66,9 @@ class ExperimentReport:
         found |= {f"forgetting, {name}": rise for name, rise in row.get("forgetting", {}).items()}
         return found | ({"kl": row["kl"]} if "kl" in row else {})
 
-    def rate(self, row: str, task: str) -> float | None:
-        return best_rate(self.experiment, self.results, row, task)
-
-    def over_seeds(self, row: str, task: str, rate: float | None = None) -> list[dict[str, float]]:
-        """Return the numbers of a row at a rate, or at its best one, an entry for each seed that is there."""
-        rate = self.rate(row, task) if rate is None else rate
-        runs = [] if rate is None else [self.numbers(self.run(row, task, rate, seed)) for seed in self.seeds]
+    def over_seeds(self, row: str, task: str, rate: float) -> list[dict[str, float]]:
+        """Return the numbers of a row at a rate, an entry for each seed that is there."""
+        runs = [self.numbers(self.run(row, task, rate, seed)) for seed in self.seeds]
         return [run for run in runs if run is not None]
 
     def costs(self, row: str) -> dict[str, float]:
@@ -108,30 +102,28 @@ class ExperimentReport:
         ]
         return Table(name, title, [*head, *columns], cells, notes)
 
-    def task_table(self, task: str) -> Table:
-        """Make the table of a task: every row at its best rate, or at all its rates, over the seeds, and the base."""
+    def base_numbers(self, task: str) -> list[dict[str, float]]:
+        """Return the numbers of the base, a list of one entry, or an empty one."""
         base = [self.numbers(run) for run in base_runs(self.experiment) if run.labels["task"] == task]
-        rows = [(["the base", None], [one for one in base if one])] if base else []
-        missing = []
-        for row in self.titles:
-            if self.sweep and not trains_on(self.experiment, row, task):
-                continue
-            for rate in [self.rate(row, task)] if self.sweep else rates_of(self.experiment, row):
-                found = self.over_seeds(row, task, rate)
-                rows.append(([self.titles[row], rate], found))
-                missing += [f"{self.titles[row]}: {len(found)}"] if len(found) < len(self.seeds) else []
+        return [one for one in base if one]
+
+    def task_table(self, task: str) -> Table:
+        """Make the table of a task: every row at all its rates, over the seeds, and the base."""
+        base, missing = self.base_numbers(task), []
+        rows = [(["the base", None], base)] if base else []
+        grid = [(row, rate) for row in self.titles for rate in rates_of(self.experiment, row, task)]
+        for row, rate in grid:
+            found = self.over_seeds(row, task, rate)
+            rows.append(([self.titles[row], rate], found))
+            missing += [f"{self.titles[row]}: {len(found)}"] if len(found) < len(self.seeds) else []
         notes = [f"Mean ± standard deviation over {len(self.seeds)} seeds."] if len(self.seeds) > 1 else []
         notes += [f"Fewer seeds are there of {', '.join(missing)}."] if missing else []
         found = [line["rows"][0] for line in self.results.lines.values() if line.get("rows")]
         leaked = max((one.get("trained_on_tests", 0) for one in found), default=0)
         notes += [f"The questions of {leaked} rows of the tests are in the training data."] if leaked else []
-        grid = [
-            (row, rate, seed) for row in self.titles for rate in rates_of(self.experiment, row) for seed in self.seeds
-        ]
-        runs = [] if self.sweep else [self.run(row, task, rate, seed) for row, rate, seed in grid]
-        title = f"Task {task}: each method at its learning rate" if self.sweep else self.experiment["title"]
+        runs = [self.run(row, task, rate, seed) for row, rate in grid for seed in self.seeds]
         head = [Column("row", "method"), Column("rate", "rate")]
-        return self._table(task, title, head, rows, [*notes, *failures(runs, self.results)])
+        return self._table(task, self.experiment["title"], head, rows, [*notes, *failures(runs, self.results)])
 
     def training_table(self, task: str) -> Table:
         """Make the table of sizes, losses and times of an experiment without a sweep."""
@@ -142,7 +134,7 @@ class ExperimentReport:
         )  # fmt: skip
         cells = []
         for row in self.titles:
-            for rate in rates_of(self.experiment, row):
+            for rate in rates_of(self.experiment, row, task):
                 found = [self.results.row(self.run(row, task, rate, seed)) for seed in self.seeds]
                 found = [{**one, "last": one["losses"][-1]} for one in found if one]
                 values = [[one[column.name] for one in found if column.name in one] for column in columns]
@@ -161,44 +153,6 @@ class ExperimentReport:
         ]
         return Table(COSTS, "Time and memory of training", [Column("row", "method"), *COST_COLUMNS], cells, notes)
 
-    def _swept(self, row: str, task: str) -> list[tuple[float, dict[str, float] | None]]:
-        rates = rates_of(self.experiment, row)
-        return [(rate, self.numbers(self.run(row, task, rate, self.seeds[0]))) for rate in rates]
-
-    def sweep_table(self, task: str) -> Table:
-        """Make the table of all learning rates on a task, with one seed."""
-        rows = [
-            ([self.titles[row], rate, "chosen" if rate == self.rate(row, task) else ""], [one] if one else [])
-            for row in self.titles
-            for rate, one in self._swept(row, task)
-        ]
-        head = [Column("row", "method"), Column("rate", "rate"), Column("chosen")]
-        return self._one_seed(f"{self._of(task)}rates", f"Task {task}: all learning rates, one seed", head, rows)
-
-    def _of(self, task: str) -> str:
-        return "" if task == self.sweep[0] else f"{task}-"
-
-    def _one_seed(self, name: str, title: str, head: Sequence[Column], rows: list) -> Table:
-        table = self._table(name, title, head, rows)
-        plain = [[cell.mean if isinstance(cell, Spread) else cell for cell in row] for row in table.rows]
-        return Table(name, title, table.columns, plain)
-
-    def limits_table(self, task: str) -> Table:
-        """Make the table of what each method learns if it may forget only so much.
-
-        Of the learning rates whose forgetting is within a limit, the one with the best validation accuracy counts.
-        """
-        cells = []
-        for row in self.titles:
-            found = [one for _, one in self._swept(row, task) if one is not None]
-            within = [[one for one in found if forgetting_of(one) <= limit] for limit in LIMITS]
-            best = [max(ones, key=lambda one: one["validation"]) if ones else None for ones in within]
-            if found:
-                cells.append([self.titles[row], *(one and one["test"] for one in best)])
-        columns = [Column(f"limit_{limit}", f"test %, forgetting ≤ {limit}", PERCENT) for limit in LIMITS]
-        title = f"Task {task}: accuracy within a limit of forgetting on the encyclopedia, one seed"
-        return Table(f"{self._of(task)}limits", title, [Column("row", "method"), *columns], cells)
-
     def frontier_table(self, task: str) -> Table:
         """Make the table of the loss of the answers that each method reaches at a limit of forgetting.
 
@@ -212,87 +166,48 @@ class ExperimentReport:
         }
         lora, cells = losses.get("lora", {}), []
         for row, found in losses.items():
-            means = [Spread.of(list(ones)) for ones in zip(*found.values())] or ["not run"] * len(FRONTIER)
+            means = [Spread.of(list(ones)) for ones in zip(*found.values())] or ["not run"] * len(LIMITS)
             beside = [
                 ones[PAIRED] - lora[seed][PAIRED] for seed, ones in found.items() if seed in lora and row != "lora"
             ]
-            cells.append([self.titles[row], len(found), *means, Spread.of(beside) if beside else "", len(beside) or ""])
-        columns = [Column(f"loss_{limit}", f"test loss, forgetting ≤ {limit}", ".4f") for limit in FRONTIER]
+            right = [100 * run["tests"]["test"] for run in self._scaled_runs(row, task) if "tests" in run]
+            spreads = (Spread.of(ones) if ones else "" for ones in (beside, right))
+            cells.append([self.titles[row], len(found), *means, *spreads])
+        columns = [Column(f"loss_{limit}", f"test loss, forgetting ≤ {limit}", ".4f") for limit in LIMITS]
         columns[-1:] = [
             Column("loss", "any forgetting", ".4f"),
-            Column("beside", f"minus LoRA's, ≤ {FRONTIER[PAIRED]}", ".3f"),
-            Column("pairs", "seeds of both"),
+            Column("beside", f"minus LoRA's, ≤ {LIMITS[PAIRED]}", ".3f"),
+            Column("right", f"right %, ≤ {LIMITS[PAIRED]}", PERCENT),
         ]
+        base = [f"The base answers {one['test']:.1f} % right." for one in self.base_numbers(task)]
         title = f"Task {task}: loss of the answers within a limit of forgetting on the encyclopedia"
-        return Table(f"{task}-frontier", title, [Column("row", "method"), Column("seeds", form="d"), *columns], cells)
+        head = [Column("row", "method"), Column("seeds", form="d")]
+        return Table(f"{task}-frontier", title, [*head, *columns], cells, base)
+
+    def _scaled_runs(self, row: str, task: str, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Return the results of a row on a task: of all its rates, and of all seeds or of some."""
+        grid = [(rate, seed) for rate in rates_of(self.experiment, row, task) for seed in seeds or self.seeds]
+        return [run for one in grid if (run := self.results.row(self.run(row, task, *one)))]
 
     def _losses_within(self, row: str, task: str, seed: int) -> list[float]:
-        """The test loss within each limit of FRONTIER; empty if no rate has run."""
-        runs = [self.results.row(self.run(row, task, rate, seed)) for rate in rates_of(self.experiment, row)]
-        curves = [run["scaled"] for run in runs if run]
-        return [min(_best_within(curve, limit) for curve in curves)[1] for limit in FRONTIER] if curves else []
-
-    def verdict_table(self) -> Table:
-        """Make the table of the best S²FT row against the best LoRA row of each task, over the seeds.
-
-        The best row is that with the highest mean accuracy on validation questions, so no test question is used.
-        """
-        cells = []
-        for task in self.experiment["tasks"]:
-            best = [self.best_of(kind, task) for kind in ("s2ft", "lora")]
-            if None in best:
-                continue
-            runs = [self.over_seeds(row, task) for row in best]
-            ours, theirs = (Spread.of([one["test"] for one in ones]) for ones in runs)
-            forgotten = [Spread.of([forgetting_of(one) for one in ones]) for ones in runs]
-            difference, spread = ours.mean - theirs.mean, max(ours.sd or 0, theirs.sd or 0)
-            word = "within one sd" if abs(difference) <= spread else "above" if difference > 0 else "below"
-            first, second = (self.titles[row] for row in best)
-            cells.append([task, first, ours, forgotten[0], second, theirs, forgotten[1], difference, word])
-        columns = [
-            Column("task"), Column("s2ft", "best row of S²FT"), Column("s2ft_test", "test %", PERCENT),
-            Column("s2ft_forgetting", "forgetting", NATS), Column("lora", "best row of LoRA"),
-            Column("lora_test", "test %", PERCENT), Column("lora_forgetting", "forgetting", NATS),
-            Column("difference", "points", "+.1f"), Column("verdict", "S²FT is"),
-        ]  # fmt: skip
-        return Table("verdict", "The best row of S²FT against the best row of LoRA", columns, cells)
-
-    def best_of(self, kind: str, task: str) -> str | None:
-        """Return the row of S²FT, or of LoRA and its variants, with the best validation accuracy on a task."""
-        methods = {"s2ft": ("s2ft",), "lora": ("lora", "dora", "rslora")}[kind]
-        rows = [row for row in self.titles if self.experiment["rows"][row]["method"] in methods]
-        means = {
-            row: statistics.fmean(run["validation"] for run in runs)
-            for row in rows
-            if (runs := self.over_seeds(row, task))
-        }
-        return max(means, key=means.__getitem__) if means else None
+        """The test loss within each of LIMITS; empty if no rate has run."""
+        curves = [run["scaled"] for run in self._scaled_runs(row, task, [seed])]
+        return [min(_best_within(curve, limit) for curve in curves)[1] for limit in LIMITS] if curves else []
 
     # ---- figures -----------------------------------------------------------------------------------------
 
-    def sweep_figures(self, task: str) -> list[Figure]:
-        """Draw accuracy against forgetting, at all learning rates, and accuracy against memory, over the seeds."""
-        curves, points = [], []
+    def frontier_figure(self, task: str) -> Figure:
+        """Draw loss against forgetting: of each row a line over the scales, means over the runs."""
+        lines = []
         for row in self.titles:
-            found = sorted((one for _, one in self._swept(row, task) if one is not None), key=forgetting_of)
-            if found:
-                x, y = map(forgetting_of, found), (one["test"] for one in found)
-                curves.append(Series(self.titles[row], list(x), list(y)))
-            runs, costs = self.over_seeds(row, task), self.costs(row)
-            if runs and costs:
-                tests = Spread.of([run["test"] for run in runs])
-                points.append(Series(self.titles[row], [costs["memory"]], [tests.mean], [tests.sd or 0.0]))
-        return [
-            Figure(
-                f"{self._of(task)}forgetting",
-                f"Task {task}: accuracy against forgetting, one point a learning rate, one seed",
-                "rise of the loss on an encyclopedia in nats", "test accuracy in %", curves,
-            ),
-            Figure(
-                f"{self._of(task)}memory", f"Task {task}: accuracy against peak memory, {len(self.seeds)} seeds",
-                "peak memory of training in MiB", "test accuracy in %", points, "",
-            ),
-        ]  # fmt: skip
+            curves = [run["scaled"][1:] for run in self._scaled_runs(row, task)]  # the first one is the base
+            points = list(zip(*curves))
+            x, y = ([statistics.fmean(one[name] for one in ones) for ones in points] for name in ("forgetting", "test"))
+            if points:
+                lines.append(Series(self.titles[row], x, y))
+        title = f"Task {task}: loss of the answers against forgetting, parts of the update, mean over seeds"
+        words = ("rise of the loss on an encyclopedia in nats", "loss of the answers in nats")
+        return Figure(f"{task}-frontier", title, *words, lines)
 
 
 def _best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, ...]:
@@ -306,25 +221,17 @@ def _best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, ..
     return min(within)
 
 
-def forgetting_of(numbers: dict[str, float]) -> float:
-    """Return the forgetting on the first of the probes."""
-    return next(value for name, value in numbers.items() if name.startswith("forgetting"))
-
-
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
     """Return the tables of an experiment."""
     report = ExperimentReport(experiment, results)
     costs = [report.cost_table()] if experiment.get(COSTS) else []
     if experiment["settings"].get("scales"):
         return [*(report.frontier_table(task) for task in experiment["tasks"]), *costs]
-    tasks = [report.task_table(task) for task in experiment["tasks"]]
-    if not report.sweep:
-        return [*tasks, *(report.training_table(task) for task in experiment["tasks"])]
-    swept = [make(task) for task in report.sweep for make in (report.sweep_table, report.limits_table)]
-    return [report.verdict_table(), *tasks, *swept, *costs]
+    made = (report.task_table, report.training_table)
+    return [*(make(task) for make in made for task in experiment["tasks"]), *costs]
 
 
 def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
-    """Return the figures of an experiment with a sweep."""
+    """Return the figures of an experiment with curves."""
     report = ExperimentReport(experiment, results)
-    return [figure for task in report.sweep or () for figure in report.sweep_figures(task)]
+    return [report.frontier_figure(task) for task in experiment["tasks"] if experiment["settings"].get("scales")]
