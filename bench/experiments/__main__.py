@@ -71,7 +71,7 @@ def check_recipe(where: str, recipe: dict[str, Any]) -> None:
         if not isinstance(row, dict):
             raise ValueError(f"{where}, row {name}: must hold lines such as 'method: s2ft', got {row!r}")
         check_names(f"{where}, row {name}", row, module.ROW)
-    for key in ("seeds", "tasks", "sweep"):
+    for key in ("seeds", "tasks"):
         if key in recipe and (not isinstance(recipe[key], list) or not recipe[key]):
             raise ValueError(f"{where}: {key} must be a list with at least one value, got {recipe[key]!r}")
 

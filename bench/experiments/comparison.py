@@ -21,7 +21,7 @@ from bench.experiments.any_method import arguments_of, evaluating, merged, train
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.matched_methods import trained_parameters
 from bench.experiments.memory import PeakMemory, return_freed_memory
-from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
+from bench.experiments.runner import ExperimentRun, Stage, check_names, file_digest
 from bench.experiments.selections import CANDIDATES
 from bench.experiments.tasks import TASKS, Task, files_of
 from bench.experiments.trials import TRIALS
@@ -49,11 +49,7 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
     """Return a run of a row, with everything that its numbers depend on."""
     entry = {"method": BASE} if row == BASE else experiment["rows"][row]
     settings = {**experiment["settings"], **{key: entry[key] for key in OF_A_ROW if key in entry}}
-    settings |= {
-        "task": experiment["tasks"][0] if task == COSTS else task,
-        "rate": rate,
-        "seed": seed,
-    }
+    settings |= {"task": experiment["tasks"][0] if task == COSTS else task, "rate": rate, "seed": seed}
     if task == COSTS:
         settings[COSTS] = True
     if task in experiment.get("steps", {}):

@@ -47,6 +47,10 @@ class ExperimentReport:
     def run(self, row: str, task: str, rate: float, seed: int) -> ExperimentRun:
         return run_of(self.experiment, row, task, rate, seed)
 
+    def grid(self, task: str) -> list[tuple[str, float]]:
+        """Return the rows and rates that the experiment wants on a task."""
+        return [(row, rate) for row in self.titles for rate in rates_of(self.experiment, row, task)]
+
     def numbers(self, run: ExperimentRun) -> dict[str, float] | None:
         """Return the numbers of a run as the tables show them, or None if it is not there."""
         row = self.results.row(run)
@@ -111,8 +115,7 @@ class ExperimentReport:
         """Make the table of a task: every row at all its rates, over the seeds, and the base."""
         base, missing = self.base_numbers(task), []
         rows = [(["the base", None], base)] if base else []
-        grid = [(row, rate) for row in self.titles for rate in rates_of(self.experiment, row, task)]
-        for row, rate in grid:
+        for row, rate in self.grid(task):
             found = self.over_seeds(row, task, rate)
             rows.append(([self.titles[row], rate], found))
             missing += [f"{self.titles[row]}: {len(found)}"] if len(found) < len(self.seeds) else []
@@ -121,7 +124,7 @@ class ExperimentReport:
         found = [line["rows"][0] for line in self.results.lines.values() if line.get("rows")]
         leaked = max((one.get("trained_on_tests", 0) for one in found), default=0)
         notes += [f"The questions of {leaked} rows of the tests are in the training data."] if leaked else []
-        runs = [self.run(row, task, rate, seed) for row, rate in grid for seed in self.seeds]
+        runs = [self.run(row, task, rate, seed) for row, rate in self.grid(task) for seed in self.seeds]
         head = [Column("row", "method"), Column("rate", "rate")]
         return self._table(task, self.experiment["title"], head, rows, [*notes, *failures(runs, self.results)])
 
@@ -133,12 +136,11 @@ class ExperimentReport:
             Column("tokens_per_second", "tokens/s", ".0f"), Column("peak_bytes", "memory (bytes)", ",.0f"),
         )  # fmt: skip
         cells = []
-        for row in self.titles:
-            for rate in rates_of(self.experiment, row, task):
-                found = [self.results.row(self.run(row, task, rate, seed)) for seed in self.seeds]
-                found = [{**one, "last": one["losses"][-1]} for one in found if one]
-                values = [[one[column.name] for one in found if column.name in one] for column in columns]
-                cells.append([self.titles[row], rate, *(Spread.of(ones) if ones else None for ones in values)])
+        for row, rate in self.grid(task):
+            found = [self.results.row(self.run(row, task, rate, seed)) for seed in self.seeds]
+            found = [{**one, "last": one["losses"][-1]} for one in found if one]
+            values = [[one[column.name] for one in found if column.name in one] for column in columns]
+            cells.append([self.titles[row], rate, *(Spread.of(ones) if ones else None for ones in values)])
         head = [Column("row", "method"), Column("rate", "rate")]
         return Table(f"{task}-training", f"{self.experiment['title']}: training", [*head, *columns], cells)
 
@@ -160,51 +162,49 @@ class ExperimentReport:
         within the limit, the one with the lowest loss of validation questions counts; the loss is that of the test
         questions there.
         """
-        losses = {
-            row: {seed: found for seed in self.seeds if (found := self._losses_within(row, task, seed))}
-            for row in self.titles
+        found = {
+            row: {seed: numbers for seed in self.seeds if (numbers := self._within(row, task, seed))}
+            for row in dict(self.grid(task))
         }
-        lora, cells = losses.get("lora", {}), []
-        for row, found in losses.items():
-            means = [Spread.of(list(ones)) for ones in zip(*found.values())] or ["not run"] * len(LIMITS)
+        lora, cells = found.get("lora", {}), []
+        answered = any(len(numbers) > len(LIMITS) for of_row in found.values() for numbers in of_row.values())
+        for row, of_row in found.items():
             beside = [
-                ones[PAIRED] - lora[seed][PAIRED] for seed, ones in found.items() if seed in lora and row != "lora"
+                numbers[PAIRED] - lora[seed][PAIRED]
+                for seed, numbers in of_row.items()
+                if seed in lora and row != "lora"
             ]
-            right = [100 * run["tests"]["test"] for run in self._scaled_runs(row, task) if "tests" in run]
-            spreads = (Spread.of(ones) if ones else "" for ones in (beside, right))
-            cells.append([self.titles[row], len(found), *means, *spreads])
+            means = [Spread.of(list(ones)) for ones in zip(*of_row.values())] or ["not run"] * (len(LIMITS) + answered)
+            cells.append([self.titles[row], len(of_row), *means, Spread.of(beside) if beside else ""])
         columns = [Column(f"loss_{limit}", f"test loss, forgetting ≤ {limit}", ".4f") for limit in LIMITS]
-        columns[-1:] = [
-            Column("loss", "any forgetting", ".4f"),
-            Column("beside", f"minus LoRA's, ≤ {LIMITS[PAIRED]}", ".3f"),
-            Column("right", f"right %, ≤ {LIMITS[PAIRED]}", PERCENT),
-        ]
-        base = [f"The base answers {one['test']:.1f} % right." for one in self.base_numbers(task)]
+        columns[-1] = Column("loss", "any forgetting", ".4f")
+        columns += [Column("right", f"right %, ≤ {LIMITS[PAIRED]}", PERCENT)] if answered else []
+        columns += [Column("beside", f"loss minus LoRA's, ≤ {LIMITS[PAIRED]}", ".3f")]
+        notes = [f"The base answers {one['test']:.1f} % right." for one in self.base_numbers(task)]
         title = f"Task {task}: loss of the answers within a limit of forgetting on the encyclopedia"
         head = [Column("row", "method"), Column("seeds", form="d")]
-        return Table(f"{task}-frontier", title, [*head, *columns], cells, base)
+        return Table(f"{task}-frontier", title, [*head, *columns], cells, notes)
 
-    def _scaled_runs(self, row: str, task: str, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Return the results of a row on a task: of all its rates, and of all seeds or of some."""
-        grid = [(rate, seed) for rate in rates_of(self.experiment, row, task) for seed in seeds or self.seeds]
-        return [run for one in grid if (run := self.results.row(self.run(row, task, *one)))]
-
-    def _losses_within(self, row: str, task: str, seed: int) -> list[float]:
-        """The test loss within each of LIMITS; empty if no rate has run."""
-        curves = [run["scaled"] for run in self._scaled_runs(row, task, [seed])]
-        return [min(_best_within(curve, limit) for curve in curves)[1] for limit in LIMITS] if curves else []
+    def _within(self, row: str, task: str, seed: int) -> list[float]:
+        """The test loss within each of LIMITS, and the right answers in % where there are any. Empty if nothing ran."""
+        grid = [self.run(row, task, rate, seed) for rate in rates_of(self.experiment, row, task)]
+        runs = [found for run in grid if (found := self.results.row(run))]
+        if not runs:
+            return []
+        losses = [min(_best_within(run["scaled"], limit) for run in runs)[1] for limit in LIMITS]
+        best = min(runs, key=lambda run: _best_within(run["scaled"], LIMITS[PAIRED]))
+        return [*losses, *(100 * share for share in best.get("tests", {}).values())]
 
     # ---- figures -----------------------------------------------------------------------------------------
 
     def frontier_figure(self, task: str) -> Figure:
-        """Draw loss against forgetting: of each row a line over the scales, means over the runs."""
+        """Draw loss against forgetting: for each rate of each row a line over the scales, means over the seeds."""
         lines = []
-        for row in self.titles:
-            curves = [run["scaled"][1:] for run in self._scaled_runs(row, task)]  # the first one is the base
-            points = list(zip(*curves))
+        for row, rate in self.grid(task):
+            found = [self.results.row(self.run(row, task, rate, seed)) for seed in self.seeds]
+            points = list(zip(*(run["scaled"][1:] for run in found if run)))  # the first point is the base
             x, y = ([statistics.fmean(one[name] for one in ones) for ones in points] for name in ("forgetting", "test"))
-            if points:
-                lines.append(Series(self.titles[row], x, y))
+            lines += [Series(f"{self.titles[row]}, {rate:g}", x, y)] if points else []
         title = f"Task {task}: loss of the answers against forgetting, parts of the update, mean over seeds"
         words = ("rise of the loss on an encyclopedia in nats", "loss of the answers in nats")
         return Figure(f"{task}-frontier", title, *words, lines)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -127,7 +128,7 @@ def make(
     workers: int | None = None,
     seconds: float = float("inf"),
     part: tuple[int, int] = (0, 1),
-    show: Callable[[str], None] = print,
+    show: Callable[[str], None] = partial(print, flush=True),
 ) -> bool:
     """Make the runs that have no result.
 

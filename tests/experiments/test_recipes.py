@@ -8,7 +8,9 @@ from support.pairs import rest_slow
 
 import s2ft
 from bench.experiments import __main__ as command, comparison
-from bench.experiments.runner import ExperimentRun, Results
+from bench.experiments.comparison_report import figures, tables
+from bench.experiments.printing import Spread
+from bench.experiments.runner import Results
 
 QUICK = ("fusion", "small-sequence", "serving")  # the others take longer
 RECIPES = sorted(file.stem for file in command.RECIPES.glob("*.yaml"))
@@ -104,40 +106,30 @@ def test_a_longer_row_makes_more_updates_and_costs_as_many():
     assert [one.settings["training"]["max_steps"] for one in rows] == [19, recipe["steps"]["costs"]]
 
 
-@pytest.fixture
-def evidence():
-    return command.read("evidence")
+def test_each_method_of_the_evidence_has_a_rate_for_each_task():
+    recipe = command.read("evidence")
+    runs = comparison.training_runs(recipe)
+    assert len({run.digest for run in runs}) == len(runs) == len(recipe["rows"]) * 3 * len(recipe["seeds"])
+    rates = {run.labels["task"]: run.labels["rate"] for run in runs if run.labels["row"] == "lora"}
+    assert rates == {"arithmetic": 0.002, "procedural": 0.002, "subjects": 0.001}
 
 
-def add(results, run, validation, forgetting=0.1):
-    row = {"validation": validation, "forgetting": {"encyclopedia": forgetting}}
-    results.add({"digest": run.digest, "status": "done", "rows": [row]})
+def test_the_loss_within_a_limit_lies_on_the_curve_that_validation_chooses(tmp_path):
+    recipe = command.read("evidence")
+    recipe["rows"] = {row: {**recipe["rows"][row], "rates": [0.1, 0.2]} for row in ("s2ft", "lora")}
+    results = Results(tmp_path / "r.jsonl")
 
+    def add(row, rate, points, right):
+        names = ("forgetting", "validation", "test")
+        found = {"scaled": [dict(zip(names, point)) for point in points], "tests": {"test": right}}
+        run = comparison.run_of(recipe, row, "subjects", rate, 0)
+        results.add({"digest": run.digest, "status": "done", "rows": [found]})
 
-def test_the_sweep_has_every_rate_of_every_row_once(evidence):
-    runs = comparison.sweep_runs(evidence)
-    assert (
-        len({run.digest for run in runs})
-        == len(runs)
-        == sum(len(row.get("rates", [])) for row in evidence["rows"].values())
-    )
-    for name, row in evidence["rows"].items():
-        assert row.get("rate_of") or len(row["rates"]) == 4, name
-
-
-def test_validation_accuracy_chooses_the_rate_and_forgetting_breaks_ties(evidence, tmp_path):
-    results, rates = Results(tmp_path / "r.jsonl"), evidence["rows"]["lora"]["rates"]
-    evidence["sweep"] = ["arithmetic", "subjects"]
-    for rate, validation, forgetting in zip(rates, (0.5, 0.7, 0.7, 0.6), (0.0, 0.3, 0.2, 0.0)):
-        assert comparison.best_rate(evidence, results, "lora", "arithmetic") is None  # a rate is missing
-        add(results, comparison.run_of(evidence, "lora", "arithmetic", rate, 0), validation, forgetting)
-    for row in ("lora", "lora-bf16"):
-        assert comparison.best_rate(evidence, results, row, "arithmetic") == rates[2]
-        assert (
-            comparison.best_rate(evidence, results, row, "procedural") == rates[2]
-        )  # not in the sweep: the first task
-        assert comparison.best_rate(evidence, results, row, "subjects") is None  # chosen by its own validation
-    later = [run for run in comparison.later_runs(evidence, results) if run.labels["row"] == "lora"]
-    labels = [(run.labels["task"], run.labels["rate"], run.labels["seed"]) for run in later]
-    assert set(labels) == {(task, rates[2], seed) for task in ("arithmetic", "procedural") for seed in (0, 1, 2)}
-    assert isinstance(later[0], ExperimentRun) and later[0].settings["training"]["max_steps"] == 40
+    add("s2ft", 0.1, [(0.0, 5.0, 5.0), (0.02, 2.0, 2.5), (0.04, 1.0, 1.5)], 0.5)
+    add("s2ft", 0.2, [(0.0, 5.0, 5.0), (0.06, 0.8, 0.9)], 0.75)  # at 0.05 this line is at 1.5
+    add("lora", 0.1, [(0.0, 5.0, 5.0), (0.1, 1.0, 2.0)], 0.25)
+    (frontier,) = [table for table in tables(recipe, results) if table.name == "subjects-frontier"]
+    means = [[cell.mean for cell in row if isinstance(cell, Spread)] for row in frontier.rows]
+    assert means == [pytest.approx([3.75, 1.5, 0.9, 0.9, 50.0, -2.0]), pytest.approx([4.7, 3.5, 2.0, 2.0, 25.0])]
+    (figure,) = [one for one in figures(recipe, results) if one.series]
+    assert [(line.x[-1], line.y[-1]) for line in figure.series] == [(0.04, 1.5), (0.06, 0.9), (0.1, 2.0)]
