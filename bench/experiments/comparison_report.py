@@ -20,7 +20,6 @@ MEASURES = {
     "test": Column("test", "test %", PERCENT),
     "average": Column("average", "average %", PERCENT),
     "validation": Column("validation", "validation %", PERCENT),
-    "near": Column("near", "near transfer %", PERCENT),
     "loss": Column("loss", "held-out loss", ".4f"),
     "kl": Column("kl", "KL(base‖tuned)", NATS),
 }
@@ -56,16 +55,12 @@ class ExperimentReport:
         row = self.results.row(run)
         if row is None:
             return None
-        tests, found = {name: 100 * share for name, share in row["tests"].items()}, {}
-        if "test" in tests:
-            near = [share for name, share in tests.items() if name != "test"]
-            found = {"test": tests["test"]}
-        elif tests:
-            near, found = [], {**tests, "average": statistics.fmean(tests.values())}
+        tests = {name: 100 * share for name, share in row["tests"].items()}
+        found = {"test": tests["test"]} if "test" in tests else dict(tests)
+        if tests and "test" not in tests:
+            found["average"] = statistics.fmean(tests.values())
         if "validation" in row:
             found["validation"] = 100 * row["validation"]
-        if tests and near:
-            found["near"] = statistics.fmean(near)
         found |= {"loss": row["loss"]} if "loss" in row else {}
         found |= {f"forgetting, {name}": rise for name, rise in row.get("forgetting", {}).items()}
         return found | ({"kl": row["kl"]} if "kl" in row else {})

@@ -17,7 +17,7 @@ The settings that are read here, with their meanings:
 | `probes`, `probe_texts` | names of texts on which forgetting is measured, and how many |
 | `kl_prompts` | number of test questions on whose answers KL(base‖tuned) is measured |
 | `kl_texts` | measure KL(base‖tuned) on the texts of the first probe instead |
-| `data`, `near` | folders of public files, and of sets for near transfer |
+| `data` | the folder of public files |
 """
 
 import copy
@@ -51,7 +51,7 @@ CHATML = (
 )
 SETTINGS = (
     "model", "dtype", "prompt", "parameters", "training", "questions", "calibration", "protect", "max_length", "beams",
-    "answer_batch", "max_new_tokens", "by_choice", "probes", "probe_texts", "kl_prompts", "kl_texts", "near", "data",
+    "answer_batch", "max_new_tokens", "by_choice", "probes", "probe_texts", "kl_prompts", "kl_texts", "data",
 )  # fmt: skip
 SMALL = 2 * 2**30  # bytes of a base that is kept, and copied for each run
 
@@ -98,7 +98,7 @@ class Base:
     def task(self, settings: dict[str, Any], name: str | None = None) -> Task:
         """Return the task of a run, or another one, made once."""
         name = name or settings["task"]
-        used = {key: settings.get(key) for key in ("questions", "near", "data", "train", "tests", "answers", "seed")}
+        used = {key: settings.get(key) for key in ("questions", "data", "train", "tests", "answers", "seed")}
         return self._once(lambda: TASKS[name](settings), name, used)
 
     def texts(self, name: str, count: int) -> list[dict]:

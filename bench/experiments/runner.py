@@ -29,7 +29,6 @@ import s2ft
 from bench.harness import processor
 from s2ft.train.device import first_line, is_out_of_memory
 
-PLACES = ("data", "near")  # settings that say where files lie; a digest of what they hold is in `files`
 DONE, FAILED, OOM = "done", "failed", "out of memory"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "safetensors")
 
@@ -53,8 +52,11 @@ class ExperimentRun:
 
     @property
     def digest(self) -> str:
-        """The first digits of the SHA-256 of the settings. The order of the keys does not matter."""
-        known = {name: value for name, value in self.settings.items() if name not in PLACES}
+        """The first digits of the SHA-256 of the settings. The order of the keys does not matter.
+
+        It leaves out the folder of the data: a digest of what the files hold is in `files`.
+        """
+        known = {name: value for name, value in self.settings.items() if name != "data"}
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

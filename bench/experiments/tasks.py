@@ -24,7 +24,6 @@ SUBJECTS = ("People", "Biology and health sciences", "Geography", "Physical scie
             "Arts", "Technology", "History")  # fmt: skip
 FIRST = 220  # characters of an article that a question shows
 PROBE = 480  # characters of a text of a forgetting probe
-NEAR = ("MultiArith", "AddSub", "SingleEq")
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,10 @@ def by_rule(rule: str, one: Example, text: str) -> bool:
 
 
 def arithmetic(settings: dict[str, Any]) -> Task:
-    """Word problems of two steps. Test problems are of the held-out families, validation problems of the demo's.
-
-    With `near`, a folder with MultiArith.test.jsonl, AddSub.test.jsonl and SingleEq.test.jsonl whose rows have
-    `instruction` and `answer`, the first problems of these sets are tests too.
-    """
+    """Word problems of two steps. Test problems are of the held-out families, validation problems of the demo's."""
     counts = settings["questions"]
-    tests = {"test": _problems(held_out_problems(counts["test"]))}
-    for name in NEAR if settings.get("near") else ():
-        lines = (Path(settings["near"]) / f"{name}.test.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines[: counts["near"]]]
-        tests[name] = [example(row["instruction"], row["answer"], row["answer"]) for row in rows]
     train, validation = (_problems(make_problems(counts[side], side != "train")) for side in ("train", "validation"))
+    tests = {"test": _problems(held_out_problems(counts["test"]))}
     return Task(train, validation, tests, partial(by_rule, "arithmetic"), 40)
 
 

@@ -22,7 +22,7 @@ def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiments")
     return {
         "model": smoke_model(folder / "model"), "dtype": "float32", "data": smoke_data(folder / "data"), "seed": 0,
-        "questions": {"train": 4, "validation": 2, "test": 2, "near": 0}, "method": "s2ft", "rate": 0.01,
+        "questions": {"train": 4, "validation": 2, "test": 2}, "method": "s2ft", "rate": 0.01,
     }  # fmt: skip
 
 
