@@ -215,7 +215,7 @@ def run(options: argparse.Namespace) -> int:
     results = runner.Results(options.output / f"{name}.jsonl")
     stages = [] if options.tables else import_module(f"bench.experiments.{kind}").stages(recipe)
     if options.plan:
-        for one in (one for stage in stages for one in stage.runs(results)):
+        for one in (one for stage in stages for one in stage.runs):
             print(f"{one.name}: {'to be made' if results.needs(one) else 'has a result'}")
         return 0
     complete = options.tables or runner.make(

@@ -5,12 +5,13 @@ updates, if `costs` is set, one run at a time on all cores. `rates` of a row may
 `longer` makes so many times the updates, for methods whose updates take less time.
 
 With `scales` each run gives a curve: its delta times each scale, with losses and forgetting. `answer_within` is a limit
-of forgetting: the test questions are answered at the scale with the lowest validation loss within it.
+of forgetting: the test questions are answered at the point of the curve with the lowest validation loss within it.
 """
 
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,12 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
 
 
 def rates_of(experiment: dict[str, Any], row: str, task: str) -> list[float]:
-    """Return the learning rates of a row on a task: its own, or those of the experiment. None if it skips the task."""
+    """Return the learning rates of a row on a task: its own, or those of the experiment. Empty if it skips the task."""
     entry = experiment["rows"][row]
     if task not in entry.get("tasks", experiment["tasks"]):
         return []
     rates = entry.get("rates", experiment.get("rates", []))
-    return list(map(float, rates[task] if isinstance(rates, dict) else rates))
+    return list(map(float, rates.get(task, []) if isinstance(rates, dict) else rates))
 
 
 def training_runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
@@ -114,11 +115,8 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
         for task in row.get("tasks", experiment["tasks"]):
             rates = rates_of(experiment, name, task)
             if not rates or any(rate <= 0 for rate in rates):
-                raise ValueError(f"row {name}: rates must be positive, got {row.get('rates')!r}")
-    return [
-        Stage(lambda results: [*base_runs(experiment), *training_runs(experiment)]),
-        Stage(lambda results: cost_runs(experiment), alone=True),
-    ]
+                raise ValueError(f"row {name}: rates must be positive on {task}, got {row.get('rates')!r}")
+    return [Stage([*base_runs(experiment), *training_runs(experiment)]), Stage(cost_runs(experiment), alone=True)]
 
 
 # ---- a run -----------------------------------------------------------------------------------------------
@@ -196,7 +194,7 @@ def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
 def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
     """Measure the base, and the trained delta times each of `scales`: the losses of the answers, and the forgetting.
 
-    With `answer_within` the test questions are answered too, at the scale with the lowest validation loss within it.
+    With `answer_within` the test questions are answered too, at the scale of :func:`best_within`.
     """
     found = [{"scale": 0.0, "forgetting": 0.0, **base.base_losses(settings)}]
     model, start = merged(prepared).eval(), dict(base_of(settings).model.named_parameters())
@@ -212,9 +210,28 @@ def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
         found.append({"scale": scale, "forgetting": forgetting, **base.losses(model, task, settings)})
     if "answer_within" not in settings:
         return {"scaled": found}
-    within = [one for one in found if one["forgetting"] <= settings["answer_within"]]
-    scale_by(min(within, key=lambda one: one["validation"])["scale"])
-    return {"scaled": found, "tests": base.scores(model, task, settings)}
+    *_, scale = best_within(found, settings["answer_within"])
+    scale_by(scale)
+    return {"scaled": found, "answered_at": scale, "tests": base.scores(model, task, settings)}
+
+
+def best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, float, float]:
+    """Return where a curve has the lowest validation loss up to a limit of forgetting, linear between its points.
+
+    Args:
+        curve: Points with forgetting, losses of validation and test questions in nats a token, and scale.
+        limit: Largest forgetting in nats a token.
+
+    Returns:
+        The validation loss, the test loss and the scale there.
+    """
+    points = sorted((one["forgetting"], one["validation"], one["test"], one["scale"]) for one in curve)
+    within = [tuple(values) for forgetting, *values in points if forgetting <= limit]
+    for (x, *values), (next_x, *next_values) in pairwise(points):
+        if x <= limit < next_x:
+            share = (limit - x) / (next_x - x)
+            within.append(tuple(one + (other - one) * share for one, other in zip(values, next_values)))
+    return min(within)
 
 
 def _of_training(prepared: Prepared, trained: TrainedRun, peak: int) -> dict[str, Any]:

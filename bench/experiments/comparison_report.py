@@ -6,10 +6,9 @@ Every run that an experiment asks for has its place in a table, and a missing or
 import math
 import statistics
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-from bench.experiments.comparison import COSTS, ROUNDS, base_runs, cost_runs, rates_of, run_of
+from bench.experiments.comparison import COSTS, ROUNDS, base_runs, best_within, cost_runs, rates_of, run_of
 from bench.experiments.printing import Column, Figure, Series, Spread, Table, failures
 from bench.experiments.runner import ExperimentRun, Results
 
@@ -186,8 +185,8 @@ class ExperimentReport:
         runs = [found for run in grid if (found := self.results.row(run))]
         if not runs:
             return []
-        losses = [min(_best_within(run["scaled"], limit) for run in runs)[1] for limit in LIMITS]
-        best = min(runs, key=lambda run: _best_within(run["scaled"], LIMITS[PAIRED]))
+        losses = [min(best_within(run["scaled"], limit) for run in runs)[1] for limit in LIMITS]
+        best = min(runs, key=lambda run: best_within(run["scaled"], LIMITS[PAIRED]))
         return [*losses, *(100 * share for share in best.get("tests", {}).values())]
 
     # ---- figures -----------------------------------------------------------------------------------------
@@ -203,17 +202,6 @@ class ExperimentReport:
         title = f"Task {task}: loss of the answers against forgetting, parts of the update, mean over seeds"
         words = ("rise of the loss on an encyclopedia in nats", "loss of the answers in nats")
         return Figure(f"{task}-frontier", title, *words, lines)
-
-
-def _best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, ...]:
-    """Validation and test loss where the former is least up to a limit of forgetting, linear between points."""
-    points = sorted((one["forgetting"], one["validation"], one["test"]) for one in curve)
-    within = [tuple(losses) for forgetting, *losses in points if forgetting <= limit]
-    for (x, *losses), (next_x, *next_losses) in pairwise(points):
-        if x <= limit < next_x:
-            share = (limit - x) / (next_x - x)
-            within.append(tuple(one + (other - one) * share for one, other in zip(losses, next_losses)))
-    return min(within)
 
 
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:

@@ -43,7 +43,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
         if row["method"] == "lora":
             check_packages("s2ft.peft", "leave out the row of lora")
     found = runs(experiment)
-    return [Stage(lambda results: found)]
+    return [Stage(found)]
 
 
 def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:

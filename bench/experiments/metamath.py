@@ -63,7 +63,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
         for folder in write_for_peft(experiment, Path(experiment["peft"])):
             print(folder)
     found = runs(experiment)
-    return [Stage(lambda results: found, alone=True, fresh=True)]
+    return [Stage(found, alone=True, fresh=True)]
 
 
 def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:

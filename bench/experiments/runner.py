@@ -65,12 +65,12 @@ class Stage:
     """Runs that are made together.
 
     Attributes:
-        runs: Returns the runs, of the results so far, on which a later stage may depend.
+        runs: The runs.
         alone: Whether each run has all cores for itself, because its time and memory count.
         fresh: Whether each run has a process of its own, so that nothing of an earlier run is in its memory.
     """
 
-    runs: Callable[["Results"], Sequence[ExperimentRun]]
+    runs: Sequence[ExperimentRun]
     alone: bool = False
     fresh: bool = False
 
@@ -149,7 +149,7 @@ def make(
     end, complete = time.monotonic() + seconds, True
     cores = os.cpu_count() or 1
     for stage in stages:
-        unique = {run.digest: run for run in stage.runs(results)}
+        unique = {run.digest: run for run in stage.runs}
         todo = [run for run in list(unique.values())[part[0] :: part[1]] if results.needs(run)]
         show(f"{len(todo)} of {len(unique)} runs to do")
         many = workers if workers == 0 else 1 if stage.alone else workers or cores

@@ -42,7 +42,7 @@ END = (
 def stages(experiment: dict[str, Any]) -> list[Stage]:
     """Check the experiment; there is a run for each row and seed."""
     found = runs(experiment)
-    return [Stage(lambda results: found)]
+    return [Stage(found)]
 
 
 def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:

@@ -120,14 +120,14 @@ def test_the_loss_within_a_limit_lies_on_the_curve_that_validation_chooses(tmp_p
     results = Results(tmp_path / "r.jsonl")
 
     def add(row, rate, points, right):
-        names = ("forgetting", "validation", "test")
+        names = ("forgetting", "validation", "test", "scale")
         found = {"scaled": [dict(zip(names, point)) for point in points], "tests": {"test": right}}
         run = comparison.run_of(recipe, row, "subjects", rate, 0)
         results.add({"digest": run.digest, "status": "done", "rows": [found]})
 
-    add("s2ft", 0.1, [(0.0, 5.0, 5.0), (0.02, 2.0, 2.5), (0.04, 1.0, 1.5)], 0.5)
-    add("s2ft", 0.2, [(0.0, 5.0, 5.0), (0.06, 0.8, 0.9)], 0.75)  # at 0.05 this line is at 1.5
-    add("lora", 0.1, [(0.0, 5.0, 5.0), (0.1, 1.0, 2.0)], 0.25)
+    add("s2ft", 0.1, [(0.0, 5.0, 5.0, 0.0), (0.02, 2.0, 2.5, 0.5), (0.04, 1.0, 1.5, 1.0)], 0.5)
+    add("s2ft", 0.2, [(0.0, 5.0, 5.0, 0.0), (0.06, 0.8, 0.9, 1.0)], 0.75)  # at 0.05 this line is at 1.5
+    add("lora", 0.1, [(0.0, 5.0, 5.0, 0.0), (0.1, 1.0, 2.0, 1.0)], 0.25)
     (frontier,) = [table for table in tables(recipe, results) if table.name == "subjects-frontier"]
     means = [[cell.mean for cell in row if isinstance(cell, Spread)] for row in frontier.rows]
     assert means == [pytest.approx([3.75, 1.5, 0.9, 0.9, 50.0, -2.0]), pytest.approx([4.7, 3.5, 2.0, 2.0, 25.0])]
