@@ -103,6 +103,10 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
         files_of(task, settings)
     if settings.get("best") and not settings["questions"].get("validation"):
         raise ValueError("best needs held-out rows: set questions.validation")
+    if settings.get("scales") and not (settings.get("probes") and settings["questions"].get("validation")):
+        raise ValueError("scales need forgetting and a validation loss: set probes and questions.validation")
+    if "answer_within" in settings and not settings.get("scales"):
+        raise ValueError("answer_within needs scales")
     hollow = hollow_model(settings["model"] or default_model())
     for name, row in experiment["rows"].items():
         check_names(f"row {name}, method", [row.get("method")], TUNERS)
@@ -216,7 +220,9 @@ def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
 
 
 def best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, float, float]:
-    """Return where a curve has the lowest validation loss up to a limit of forgetting, linear between its points.
+    """Return where a curve has the lowest validation loss up to a limit of forgetting.
+
+    Lines join its points in the order of their forgetting.
 
     Args:
         curve: Points with forgetting, losses of validation and test questions in nats a token, and scale.

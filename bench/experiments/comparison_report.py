@@ -12,8 +12,9 @@ from bench.experiments.comparison import COSTS, ROUNDS, base_runs, best_within, 
 from bench.experiments.printing import Column, Figure, Series, Spread, Table, failures
 from bench.experiments.runner import ExperimentRun, Results
 
-LIMITS = (0.01, 0.05, 0.1, math.inf)  # of forgetting, in nats a token
-PAIRED = LIMITS.index(0.05)  # the limit at which methods are compared seed by seed
+LORA = "lora"  # the row with which the others are compared, seed by seed
+PAIRED = "loss_0.05"
+LIMITS = {"loss_0.01": 0.01, PAIRED: 0.05, "loss_0.1": 0.1, "any": math.inf}  # of forgetting, in nats a token
 PERCENT, NATS = ".1f", ".3f"
 MEASURES = {
     "test": Column("test", "test %", PERCENT),
@@ -21,6 +22,10 @@ MEASURES = {
     "validation": Column("validation", "validation %", PERCENT),
     "loss": Column("loss", "held-out loss", ".4f"),
     "kl": Column("kl", "KL(base‖tuned)", NATS),
+    **{name: Column(name, f"test loss, forgetting ≤ {limit}", ".4f") for name, limit in LIMITS.items()},
+    "any": Column("any", "any forgetting", ".4f"),
+    "right": Column("right", "right %", PERCENT),
+    "beside": Column("beside", f"loss minus LoRA's, ≤ {LIMITS[PAIRED]}", ".3f"),
 }
 COST_COLUMNS = (
     Column("seconds_per_step", "s a step", ".2f"),
@@ -100,15 +105,10 @@ class ExperimentReport:
         ]
         return Table(name, title, [*head, *columns], cells, notes)
 
-    def base_numbers(self, task: str) -> list[dict[str, float]]:
-        """Return the numbers of the base, a list of one entry, or an empty one."""
-        base = [self.numbers(run) for run in base_runs(self.experiment) if run.labels["task"] == task]
-        return [one for one in base if one]
-
     def task_table(self, task: str) -> Table:
         """Make the table of a task: every row at all its rates, over the seeds, and the base."""
-        base, missing = self.base_numbers(task), []
-        rows = [(["the base", None], base)] if base else []
+        base = [self.numbers(run) for run in base_runs(self.experiment) if run.labels["task"] == task]
+        rows, missing = [(["the base", None], [one]) for one in base if one], []
         for row, rate in self.grid(task):
             found = self.over_seeds(row, task, rate)
             rows.append(([self.titles[row], rate], found))
@@ -123,7 +123,7 @@ class ExperimentReport:
         return self._table(task, self.experiment["title"], head, rows, [*notes, *failures(runs, self.results)])
 
     def training_table(self, task: str) -> Table:
-        """Make the table of sizes, losses and times of an experiment without a sweep."""
+        """Make the table of sizes, losses and times."""
         columns = (
             Column("trainable", "parameters", ",.0f"), Column("best_step", "best at", ".0f"),
             Column("last", "last loss", ".4f"), Column("seconds_per_step", "s an update", ".4f"),
@@ -152,42 +152,36 @@ class ExperimentReport:
     def frontier_table(self, task: str) -> Table:
         """Make the table of the loss of the answers that each method reaches at a limit of forgetting.
 
-        The scales of a run are points of a curve from the base on, with lines between them. Of all points of all rates
-        within the limit, the one with the lowest loss of validation questions counts; the loss is that of the test
-        questions there.
+        Of all rates, the one with the lowest loss of validation questions within the limit counts, see
+        :func:`best_within`. The loss is that of the test questions there.
         """
-        found = {
-            row: {seed: numbers for seed in self.seeds if (numbers := self._within(row, task, seed))}
-            for row in dict(self.grid(task))
-        }
-        lora, cells = found.get("lora", {}), []
-        answered = any(len(numbers) > len(LIMITS) for of_row in found.values() for numbers in of_row.values())
-        for row, of_row in found.items():
-            beside = [
-                numbers[PAIRED] - lora[seed][PAIRED]
-                for seed, numbers in of_row.items()
-                if seed in lora and row != "lora"
-            ]
-            means = [Spread.of(list(ones)) for ones in zip(*of_row.values())] or ["not run"] * (len(LIMITS) + answered)
-            cells.append([self.titles[row], len(of_row), *means, Spread.of(beside) if beside else ""])
-        columns = [Column(f"loss_{limit}", f"test loss, forgetting ≤ {limit}", ".4f") for limit in LIMITS]
-        columns[-1] = Column("loss", "any forgetting", ".4f")
-        columns += [Column("right", f"right %, ≤ {LIMITS[PAIRED]}", PERCENT)] if answered else []
-        columns += [Column("beside", f"loss minus LoRA's, ≤ {LIMITS[PAIRED]}", ".3f")]
-        notes = [f"The base answers {one['test']:.1f} % right." for one in self.base_numbers(task)]
+        lora = {seed: self._within(LORA, task, seed) for seed in self.seeds if LORA in self.titles}
+        rows = []
+        for row in dict(self.grid(task)):
+            found = []
+            for seed in self.seeds:
+                numbers, other = self._within(row, task, seed), lora.get(seed)
+                if numbers and other and row != LORA:
+                    numbers["beside"] = numbers[PAIRED] - other[PAIRED]
+                found += [numbers] if numbers else []
+            rows.append(([self.titles[row], len(found)], found))
+        base = [self.results.row(run) for run in base_runs(self.experiment) if run.labels["task"] == task]
+        rows += [(["the base", None], [{"right": _right(one)}]) for one in base if one]
+        limit = self.experiment["settings"].get("answer_within")
+        notes = [f"Right answers are those at the loss within {limit}."] if limit else []
         title = f"Task {task}: loss of the answers within a limit of forgetting on the encyclopedia"
         head = [Column("row", "method"), Column("seeds", form="d")]
-        return Table(f"{task}-frontier", title, [*head, *columns], cells, notes)
+        return self._table(f"{task}-frontier", title, head, rows, notes)
 
-    def _within(self, row: str, task: str, seed: int) -> list[float]:
+    def _within(self, row: str, task: str, seed: int) -> dict[str, float]:
         """The test loss within each of LIMITS, and the right answers in % where there are any. Empty if nothing ran."""
         grid = [self.run(row, task, rate, seed) for rate in rates_of(self.experiment, row, task)]
         runs = [found for run in grid if (found := self.results.row(run))]
         if not runs:
-            return []
-        losses = [min(best_within(run["scaled"], limit) for run in runs)[1] for limit in LIMITS]
+            return {}
+        found = {name: min(best_within(run["scaled"], limit) for run in runs)[1] for name, limit in LIMITS.items()}
         best = min(runs, key=lambda run: best_within(run["scaled"], LIMITS[PAIRED]))
-        return [*losses, *(100 * share for share in best.get("tests", {}).values())]
+        return found | ({"right": _right(best)} if "tests" in best else {})
 
     # ---- figures -----------------------------------------------------------------------------------------
 
@@ -204,6 +198,11 @@ class ExperimentReport:
         return Figure(f"{task}-frontier", title, *words, lines)
 
 
+def _right(row: dict[str, Any]) -> float:
+    """The right answers of a run in %, the mean over its sets of tests."""
+    return 100 * statistics.fmean(row["tests"].values())
+
+
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
     """Return the tables of an experiment."""
     report = ExperimentReport(experiment, results)
@@ -215,6 +214,6 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
 
 
 def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
-    """Return the figures of an experiment with curves."""
+    """Return the figures of an experiment that answers questions on its curves."""
     report = ExperimentReport(experiment, results)
-    return [report.frontier_figure(task) for task in experiment["tasks"] if experiment["settings"].get("scales")]
+    return [report.frontier_figure(task) for task in experiment["tasks"] if "answer_within" in experiment["settings"]]

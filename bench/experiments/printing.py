@@ -189,13 +189,11 @@ class Series:
         label: Its name, beside its last point.
         x: Positions.
         y: Values.
-        error: Length of the error bar on each side of a value, or None.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    error: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,6 @@ class Figure:
         x: Label of the horizontal axis, with the unit.
         y: Label of the vertical axis, with the unit.
         series: What is drawn.
-        line: How the points of a series are joined, as in matplotlib; "" does not join them.
     """
 
     name: str
@@ -216,7 +213,6 @@ class Figure:
     x: str
     y: str
     series: Sequence[Series]
-    line: str = "-"
 
 
 def save_figures(figures: Sequence[Figure], folder: Path, prefix: str = "") -> None:
@@ -249,13 +245,8 @@ def draw(figure: Figure):
     FigureCanvasAgg(canvas)
     axes = canvas.subplots()
     for number, series in enumerate(figure.series):
-        how = {
-            "color": hue_of(series.label),
-            "linestyle": figure.line,
-            "marker": "osD^vP*Xh<>p"[number % 12],  # so that series can be told apart without colours
-            "capsize": 3,
-        }
-        axes.errorbar(series.x, series.y, yerr=series.error, **how)
+        marker = "osD^vP*Xh<>p"[number % 12]  # so that series can be told apart without colours
+        axes.plot(series.x, series.y, color=hue_of(series.label), marker=marker)
     axes.set_title(figure.title, size="medium", color=GREY)
     axes.set_xlabel(figure.x, color=GREY)
     axes.set_ylabel(figure.y, color=GREY)

@@ -28,11 +28,11 @@ PROBE = 480  # characters of a text of a forgetting probe
 
 @dataclass(frozen=True)
 class Task:
-    """A task: examples to train on, those that choose the learning rate, and those that are reported.
+    """A task: examples to train on, those that choose, and those that are reported.
 
     Attributes:
         train: Examples to train on.
-        validation: Examples whose accuracy chooses the learning rate.
+        validation: Examples that choose learning rates, parts of updates or checkpoints.
         tests: Examples whose accuracy is reported, by the name of their set. None of them is used for any choice.
         right: Whether a generated text is right; None for answers that no rule scores.
         max_new_tokens: Longest answer.

@@ -41,7 +41,7 @@ class Tuner:
         config: Name of its configuration class in PEFT, or None if PEFT does not have the method.
         defaults: Options of that class.
         size: The option that sets the number of trained parameters, or None if nothing sets it.
-        rate: The best peak learning rate of those measured on SmolLM2-135M (docs/evidence.md). See
+        rate: The best peak learning rate of those measured on word problems with SmolLM2-135M. See
             :func:`default_rate`. That of S²FT follows from the slices.
     """
 
