@@ -54,11 +54,18 @@ class ExperimentReport:
         """Return the rows and rates that the experiment wants on a task."""
         return [(row, rate) for row in self.titles for rate in rates_of(self.experiment, row, task)]
 
-    def numbers(self, run: ExperimentRun) -> dict[str, float] | None:
-        """Return the numbers of a run as the tables show them, or None if it is not there."""
-        row = self.results.row(run)
-        if row is None:
-            return None
+    def over_seeds(self, row: str, task: str, rate: float) -> list[dict[str, Any]]:
+        """Return the results of a row at a rate, an entry for each seed that is there."""
+        runs = [self.run(row, task, rate, seed) for seed in self.seeds]
+        return [found for run in runs if (found := self.results.row(run))]
+
+    def of_base(self, task: str) -> list[dict[str, Any]]:
+        """Return the result of the base on a task, a list of one entry, or an empty one."""
+        runs = [run for run in base_runs(self.experiment) if run.labels["task"] == task]
+        return [found for run in runs if (found := self.results.row(run))]
+
+    def numbers(self, row: dict[str, Any]) -> dict[str, float]:
+        """Return the numbers of a result as the tables show them."""
         tests = {name: 100 * share for name, share in row["tests"].items()}
         found = {"test": tests["test"]} if "test" in tests else dict(tests)
         if tests and "test" not in tests:
@@ -68,11 +75,6 @@ class ExperimentReport:
         found |= {"loss": row["loss"]} if "loss" in row else {}
         found |= {f"forgetting, {name}": rise for name, rise in row.get("forgetting", {}).items()}
         return found | ({"kl": row["kl"]} if "kl" in row else {})
-
-    def over_seeds(self, row: str, task: str, rate: float) -> list[dict[str, float]]:
-        """Return the numbers of a row at a rate, an entry for each seed that is there."""
-        runs = [self.numbers(self.run(row, task, rate, seed)) for seed in self.seeds]
-        return [run for run in runs if run is not None]
 
     def costs(self, row: str) -> dict[str, float]:
         """Return the time of an update in seconds, the peak memory in MiB and the trained parameters in millions."""
@@ -107,10 +109,9 @@ class ExperimentReport:
 
     def task_table(self, task: str) -> Table:
         """Make the table of a task: every row at all its rates, over the seeds, and the base."""
-        base = [self.numbers(run) for run in base_runs(self.experiment) if run.labels["task"] == task]
-        rows, missing = [(["the base", None], [one]) for one in base if one], []
+        rows, missing = [(["the base", None], [self.numbers(one)]) for one in self.of_base(task)], []
         for row, rate in self.grid(task):
-            found = self.over_seeds(row, task, rate)
+            found = list(map(self.numbers, self.over_seeds(row, task, rate)))
             rows.append(([self.titles[row], rate], found))
             missing += [f"{self.titles[row]}: {len(found)}"] if len(found) < len(self.seeds) else []
         notes = [f"Mean ± standard deviation over {len(self.seeds)} seeds."] if len(self.seeds) > 1 else []
@@ -131,8 +132,7 @@ class ExperimentReport:
         )  # fmt: skip
         cells = []
         for row, rate in self.grid(task):
-            found = [self.results.row(self.run(row, task, rate, seed)) for seed in self.seeds]
-            found = [{**one, "last": one["losses"][-1]} for one in found if one]
+            found = [{**one, "last": one["losses"][-1]} for one in self.over_seeds(row, task, rate)]
             values = [[one[column.name] for one in found if column.name in one] for column in columns]
             cells.append([self.titles[row], rate, *(Spread.of(ones) if ones else None for ones in values)])
         head = [Column("row", "method"), Column("rate", "rate")]
@@ -165,8 +165,7 @@ class ExperimentReport:
                     numbers["beside"] = numbers[PAIRED] - other[PAIRED]
                 found += [numbers] if numbers else []
             rows.append(([self.titles[row], len(found)], found))
-        base = [self.results.row(run) for run in base_runs(self.experiment) if run.labels["task"] == task]
-        rows += [(["the base", None], [{"right": _right(one)}]) for one in base if one]
+        rows += [(["the base", None], [{"right": _right(one)}]) for one in self.of_base(task)]
         limit = self.experiment["settings"].get("answer_within")
         notes = [f"Right answers are those at the loss within {limit}."] if limit else []
         title = f"Task {task}: loss of the answers within a limit of forgetting on the encyclopedia"
@@ -189,8 +188,8 @@ class ExperimentReport:
         """Draw loss against forgetting: for each rate of each row a line over the scales, means over the seeds."""
         lines = []
         for row, rate in self.grid(task):
-            found = [self.results.row(self.run(row, task, rate, seed)) for seed in self.seeds]
-            points = list(zip(*(run["scaled"][1:] for run in found if run)))  # the first point is the base
+            curves = [run["scaled"][1:] for run in self.over_seeds(row, task, rate)]  # the first point is the base
+            points = list(zip(*curves))
             x, y = ([statistics.fmean(one[name] for one in ones) for ones in points] for name in ("forgetting", "test"))
             lines += [Series(f"{self.titles[row]}, {rate:g}", x, y)] if points else []
         title = f"Task {task}: loss of the answers against forgetting, parts of the update, mean over seeds"

@@ -10,8 +10,8 @@ from support.models import model_of
 from train.tiny import tiny_model
 
 import s2ft
-from bench.experiments import memory, metamath, serving
-from bench.experiments.learning import base_of
+from bench.experiments import comparison, memory, metamath, serving
+from bench.experiments.learning import Base, base_of
 from bench.experiments.matched_methods import matched, trained_parameters
 from bench.experiments.smoke import smoke_data, smoke_model
 from bench.experiments.tasks import TASKS
@@ -64,6 +64,25 @@ def test_distance_from_the_base_is_zero_for_the_base(settings):
     moved.lm_head.weight.data.mul_(2)
     found = base.distance(moved, {**known, "kl_prompts": None, "kl_texts": True})
     assert found["forgetting"]["other_text.jsonl"] != 0 and found["kl"] > 0
+
+
+def test_questions_are_answered_at_the_part_of_the_update_that_is_reported(settings, tmp_path, monkeypatch):
+    run = {
+        **settings, "task": "arithmetic", "method": "full", "options": {}, "training": {"max_steps": 2},
+        "probes": ["other_text.jsonl"], "probe_texts": 2, "scales": [1.0], "answer_within": 0.05,
+    }  # fmt: skip
+    moved = []
+
+    def answer(base, model, *rest):
+        moved.append((model.lm_head.weight - base.model.lm_head.weight).norm().item())
+        return {"test": 0.5}
+
+    monkeypatch.setattr(Base, "scores", answer)
+    for scale in (0.25, 0.5):
+        monkeypatch.setattr(comparison, "best_within", lambda curve, limit, scale=scale: (0.0, 0.0, scale))
+        (row,) = comparison.measure(run, tmp_path)
+        assert row["answered_at"] == scale and row["tests"] == {"test": 0.5}
+    assert moved[0] > 0 and moved[1] == pytest.approx(2 * moved[0], rel=1e-3)
 
 
 def test_serving_finds_one_changed_bit_and_memory_is_limited():
