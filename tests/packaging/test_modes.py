@@ -45,8 +45,9 @@ def test_none_builds_no_module_removes_that_of_an_earlier_build_and_does_not_war
     assert info["compiled"] is False and "S2FT_BUILD=none" in info["reason"] and "RuntimeWarning" not in stderr
 
 
-def test_auto_falls_back_with_a_warning_when_the_compiler_is_missing(run_script, source):
-    result = build_in_fork(run_script, source, CXX="/nowhere/c++", CC="/nowhere/cc")
+def test_auto_falls_back_with_a_warning_when_the_compiler_is_missing(run_script, source, tmp_path):
+    without = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "CUDA_HOME": tmp_path}  # nvcc finds a compiler of its own
+    result = build_in_fork(run_script, source, **without)
     assert "WARNING: s2ft is installed without compiled kernels" in result.stderr
     info, stderr = show_in_fork(run_script, source)
     assert info["compiled"] is False and info["cuda"] is False and info["reason"]
