@@ -222,7 +222,7 @@ def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
 def best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, float, float]:
     """Return where a curve has the lowest validation loss up to a limit of forgetting.
 
-    Lines join its points in the order of their forgetting.
+    Lines join its points in the order of their scales. They lie above a curve that bends.
 
     Args:
         curve: Points with forgetting, losses of validation and test questions in nats a token, and scale.
@@ -231,10 +231,10 @@ def best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, flo
     Returns:
         The validation loss, the test loss and the scale there.
     """
-    points = sorted((one["forgetting"], one["validation"], one["test"], one["scale"]) for one in curve)
+    points = [(one["forgetting"], one["validation"], one["test"], one["scale"]) for one in curve]
     within = [tuple(values) for forgetting, *values in points if forgetting <= limit]
     for (x, *values), (next_x, *next_values) in pairwise(points):
-        if x <= limit < next_x:
+        if (x <= limit) != (next_x <= limit):
             share = (limit - x) / (next_x - x)
             within.append(tuple(one + (other - one) * share for one, other in zip(values, next_values)))
     return min(within)

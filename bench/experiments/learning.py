@@ -231,6 +231,7 @@ class Base:
             "losses",
             settings["task"],
             settings["questions"],
+            settings["seed"],
         )
 
     def distance(self, model: Any, settings: dict[str, Any]) -> dict[str, Any]:
