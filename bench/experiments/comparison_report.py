@@ -24,6 +24,7 @@ MEASURES = {
     "kl": Column("kl", "KL(base‖tuned)", NATS),
     **{name: Column(name, f"test loss, forgetting ≤ {limit}", ".4f") for name, limit in LIMITS.items()},
     "any": Column("any", "any forgetting", ".4f"),
+    "chosen": Column("chosen", f"validation loss, ≤ {LIMITS[PAIRED]}", ".4f"),
     "right": Column("right", "right %", PERCENT),
     "beside": Column("beside", f"loss minus LoRA's, ≤ {LIMITS[PAIRED]}", ".3f"),
 }
@@ -173,13 +174,17 @@ class ExperimentReport:
         return self._table(f"{task}-frontier", title, head, rows, notes)
 
     def _within(self, row: str, task: str, seed: int) -> dict[str, float]:
-        """The test loss within each of LIMITS, and the right answers in % where there are any. Empty if nothing ran."""
+        """The test loss within each of LIMITS, the validation loss within PAIRED, and the right answers there in %.
+
+        Empty if nothing ran.
+        """
         grid = [self.run(row, task, rate, seed) for rate in rates_of(self.experiment, row, task)]
         runs = [found for run in grid if (found := self.results.row(run))]
         if not runs:
             return {}
         found = {name: min(best_within(run["scaled"], limit) for run in runs)[1] for name, limit in LIMITS.items()}
         best = min(runs, key=lambda run: best_within(run["scaled"], LIMITS[PAIRED]))
+        found["chosen"] = best_within(best["scaled"], LIMITS[PAIRED])[0]
         return found | ({"right": _right(best)} if "tests" in best else {})
 
     # ---- figures -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ It holds for full fine-tuning too. All good rates that are known:
 
 | model | width | share | size | task | good rate | rule | source |
 |---|--:|--:|--:|---|--:|--:|---|
-| SmolLM2-135M | 576 | 0.032 | 0.19 | two tasks | 1e-3 to 4e-3 | 1e-3 | this project, `frontier` |
+| SmolLM2-135M | 576 | 0.032 | 0.19 | two tasks, 16 updates | 1e-3 to 4e-3 | 2e-3 | this project, `frontier` |
 | SmolLM2-135M | 576 | 0.0075 | 0.19 | word problems, 64 updates | 4e-3 | 5e-3 | this project, `frontier` |
 | SmolLM2-135M | 576 | 1 | 0.19 | three tasks, 16 updates | 5e-5 to 1e-4 | 8e-5 | `frontier`, full model |
 | Gemma 3 270M | 640 | 0.049 | 0.016 | two tasks, 16 updates | 1.5e-4 | 1e-4 | this project, `second-model` |

@@ -126,13 +126,13 @@ def test_the_loss_within_a_limit_lies_on_the_curve_that_validation_chooses(tmp_p
         found = {"status": "done", "rows": [{"scaled": curve, "tests": {"test": right}}]}
         results.add({"digest": comparison.run_of(recipe, row, "subjects", rate, 0).digest, **found})
 
-    add("s2ft", 0.1, [(0.0, 5.0, 5.0, 0.0), (0.02, 2.0, 2.5, 0.5), (0.04, 1.0, 1.5, 1.0)], 0.5)
+    add("s2ft", 0.1, [(0.0, 5.0, 5.0, 0.0), (-0.02, 2.0, 2.5, 0.5), (0.04, 1.0, 1.5, 1.0)], 0.5)
     add("s2ft", 0.2, [(0.0, 5.0, 5.0, 0.0), (0.06, 0.8, 0.9, 1.0)], 0.75)  # at 0.05 this line is at 1.5
     add("lora", 0.1, [(0.0, 5.0, 5.0, 0.0), (0.1, 1.0, 2.0, 1.0)], 0.25)
     (frontier,) = [table for table in tables(recipe, results) if table.name == "subjects-frontier"]
     assert [[cell.mean for cell in row if isinstance(cell, Spread)] for row in frontier.rows] == [
-        pytest.approx([3.75, 1.5, 0.9, 0.9, 50.0, -2.0]),
-        pytest.approx([4.7, 3.5, 2.0, 2.0, 25.0]),
+        pytest.approx([2.0, 1.5, 0.9, 0.9, 1.0, 50.0, -2.0]),
+        pytest.approx([4.7, 3.5, 2.0, 2.0, 3.0, 25.0]),
     ]
     assert [[(line.x[-1], line.y[-1]) for line in figure.series] for figure in figures(recipe, results)] == [
         [],

@@ -46,8 +46,8 @@ def test_none_builds_no_module_removes_that_of_an_earlier_build_and_does_not_war
 
 
 def test_auto_falls_back_with_a_warning_when_the_compiler_is_missing(run_script, source, tmp_path):
-    without = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "CUDA_HOME": tmp_path}  # nvcc finds a compiler of its own
-    result = build_in_fork(run_script, source, **without)
+    # Without CUDA_HOME an nvcc would be found, with a compiler of its own
+    result = build_in_fork(run_script, source, CXX="/nowhere/c++", CC="/nowhere/cc", CUDA_HOME=tmp_path)
     assert "WARNING: s2ft is installed without compiled kernels" in result.stderr
     info, stderr = show_in_fork(run_script, source)
     assert info["compiled"] is False and info["cuda"] is False and info["reason"]
