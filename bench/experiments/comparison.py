@@ -222,7 +222,7 @@ def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
 def best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, float, float]:
     """Return where a curve has the lowest validation loss up to a limit of forgetting.
 
-    Lines join its points in the order of their scales. They lie above a curve that bends.
+    Lines join its points in the order of their scales. Where losses fall ever more slowly, a line overstates them.
 
     Args:
         curve: Points with forgetting, losses of validation and test questions in nats a token, and scale.
