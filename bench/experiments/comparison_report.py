@@ -8,12 +8,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from bench.experiments.comparison import COSTS, ROUNDS, base_runs, best_within, cost_runs, rates_of, run_of
 from bench.experiments.printing import Column, Figure, Series, Spread, Table, failures
 from bench.experiments.runner import ExperimentRun, Results
 
 LORA = "lora"  # the row with which the others are compared, seed by seed
 PAIRED = "loss_0.05"
+DRAWS = 2000  # of the bootstrap
 LIMITS = {"loss_0.01": 0.01, PAIRED: 0.05, "loss_0.1": 0.1, "any": math.inf}  # of forgetting, in nats a token
 PERCENT, NATS = ".1f", ".3f"
 MEASURES = {
@@ -27,6 +30,8 @@ MEASURES = {
     "chosen": Column("chosen", f"validation loss, ≤ {LIMITS[PAIRED]}", ".4f"),
     "right": Column("right", "right %", PERCENT),
     "beside": Column("beside", f"loss minus LoRA's, ≤ {LIMITS[PAIRED]}", ".3f"),
+    "from": Column("from", "95 % of questions drawn anew, from", ".3f"),
+    "to": Column("to", "to", ".3f"),
 }
 COST_COLUMNS = (
     Column("seconds_per_step", "s a step", ".2f"),
@@ -165,6 +170,8 @@ class ExperimentReport:
                 if numbers and other and row != LORA:
                     numbers["beside"] = numbers[PAIRED] - other[PAIRED]
                 found += [numbers] if numbers else []
+            if found:
+                found[0] |= self._interval(row, task)
             rows.append(([self.titles[row], len(found)], found))
         rows += [(["the base", None], [{"right": _right(one)}]) for one in self.of_base(task)]
         limit = self.experiment["settings"].get("answer_within")
@@ -178,14 +185,34 @@ class ExperimentReport:
 
         Empty if nothing ran.
         """
-        grid = [self.run(row, task, rate, seed) for rate in rates_of(self.experiment, row, task)]
-        runs = [found for run in grid if (found := self.results.row(run))]
+        runs = self._runs(row, task, seed)
         if not runs:
             return {}
         found = {name: min(best_within(run["scaled"], limit) for run in runs)[1] for name, limit in LIMITS.items()}
-        best = min(runs, key=lambda run: best_within(run["scaled"], LIMITS[PAIRED]))
+        best = _best(runs)
         found["chosen"] = best_within(best["scaled"], LIMITS[PAIRED])[0]
         return found | ({"right": _right(best)} if "tests" in best else {})
+
+    def _runs(self, row: str, task: str, seed: int) -> list[dict[str, Any]]:
+        """The results of a row with a seed at all its rates."""
+        runs = [self.run(row, task, rate, seed) for rate in rates_of(self.experiment, row, task)]
+        return [found for run in runs if (found := self.results.row(run))]
+
+    def _interval(self, row: str, task: str) -> dict[str, float]:
+        """Where the loss minus LoRA's within PAIRED lies if the test questions are drawn anew (bootstrap, 95 %).
+
+        It is the mean over the seeds whose runs keep the loss of each question, of both methods. Empty without one.
+        """
+        pairs = [(self._runs(row, task, seed), self._runs(LORA, task, seed)) for seed in self.seeds]
+        pairs = [(_best(mine), _best(other)) for mine, other in pairs if mine and other and row != LORA]
+        pairs = [pair for pair in pairs if all("each" in run["scaled"][0] for run in pair)]
+        if not pairs:
+            return {}
+        differences = np.mean([_of_questions(mine) - _of_questions(other) for mine, other in pairs], axis=0)
+        tokens = np.array(pairs[0][0]["scaled"][0]["tokens"])
+        drawn = np.random.default_rng(0).integers(len(tokens), size=(DRAWS, len(tokens)))
+        means = differences[drawn].sum(1) / tokens[drawn].sum(1)
+        return dict(zip(("from", "to"), np.quantile(means, (0.025, 0.975)).tolist()))
 
     # ---- figures -----------------------------------------------------------------------------------------
 
@@ -200,6 +227,18 @@ class ExperimentReport:
         title = f"Task {task}: loss of the answers against forgetting, parts of the update, mean over seeds"
         words = ("rise of the loss on an encyclopedia in nats", "loss of the answers in nats")
         return Figure(f"{task}-frontier", title, *words, lines)
+
+
+def _best(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the lowest validation loss within PAIRED."""
+    return min(runs, key=lambda run: best_within(run["scaled"], LIMITS[PAIRED]))
+
+
+def _of_questions(run: dict[str, Any]) -> np.ndarray:
+    """The loss of each test question, summed over its answer, at the scale of :func:`best_within`."""
+    *_, scale = best_within(run["scaled"], LIMITS[PAIRED])
+    scales = [point["scale"] for point in run["scaled"]]
+    return np.array([np.interp(scale, scales, ones) for ones in zip(*(point["each"] for point in run["scaled"]))])
 
 
 def _right(row: dict[str, Any]) -> float:

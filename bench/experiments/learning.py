@@ -219,12 +219,18 @@ class Base:
             name: score(examples=ones, file=folder and folder / f"{name}.jsonl") for name, ones in task.tests.items()
         }
 
-    def losses(self, model: Any, task: Task, settings: dict[str, Any]) -> dict[str, float]:
-        """Return the losses of the answers to validation and to test questions, in nats a token."""
-        sets = {"validation": task.validation, "test": [one for ones in task.tests.values() for one in ones]}
-        return {name: mean_loss(model, self.rows(ones, settings)) for name, ones in sets.items()}
+    def losses(self, model: Any, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the losses of the answers to validation and to test questions, in nats a token.
 
-    def base_losses(self, settings: dict[str, Any]) -> dict[str, float]:
+        `each` has the sum over the tokens of each test question's answer, and `tokens` their number.
+        """
+        rows = self.rows([one for ones in task.tests.values() for one in ones], settings)
+        tokens = [sum(label >= 0 for label in row["labels"]) for row in rows]
+        each = [round(mean_loss(model, [row]) * count, 5) for row, count in zip(rows, tokens)]
+        validation = mean_loss(model, self.rows(task.validation, settings))
+        return {"validation": validation, "test": sum(each) / sum(tokens), "each": each, "tokens": tokens}
+
+    def base_losses(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return what :meth:`losses` says of the base."""
         return self._once(
             lambda: self.losses(self.model, self.task(settings), settings),

@@ -86,8 +86,7 @@ def test_questions_are_answered_at_the_part_of_the_update_that_is_reported(setti
 
 
 def test_serving_finds_one_changed_bit_and_memory_is_limited():
-    model = tiny_model()
-    other = tiny_model()
+    model, other = tiny_model(), tiny_model()
     assert serving.same_bits(model, other)
     other.lm_head.weight.data[0, 0] = torch.nextafter(other.lm_head.weight[0, 0], torch.tensor(9.0))
     assert not serving.same_bits(model, other)

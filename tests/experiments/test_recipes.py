@@ -110,28 +110,27 @@ def test_a_longer_row_makes_more_updates_and_costs_as_many():
 
 
 def test_the_rates_of_a_row_may_differ_by_task():
-    found = [
-        comparison.rates_of(command.read("evidence"), "lora", task) for task in ("procedural", "subjects", "other")
-    ]
-    assert found == [[0.002], [0.001], []]
+    tasks = ("procedural", "subjects", "other")
+    assert [comparison.rates_of(command.read("evidence"), "lora", task) for task in tasks] == [[0.002], [0.001], []]
 
 
-def test_the_loss_within_a_limit_lies_on_the_curve_that_validation_chooses(tmp_path):
+def test_the_loss_within_a_limit_and_its_interval_lie_on_the_curve_that_validation_chooses(tmp_path):
     recipe = command.read("evidence")
     recipe["rows"] = {row: {**recipe["rows"][row], "rates": [0.1, 0.2]} for row in ("s2ft", "lora")}
     results = Results(tmp_path / "r.jsonl")
 
     def add(row, rate, points, right):
-        curve = [dict(zip(("forgetting", "validation", "test", "scale"), point)) for point in points]
-        found = {"status": "done", "rows": [{"scaled": curve, "tests": {"test": right}}]}
-        results.add({"digest": comparison.run_of(recipe, row, "subjects", rate, 0).digest, **found})
+        names = ("forgetting", "validation", "test", "scale", "each", "tokens")
+        scaled = [dict(zip(names, [*point, [1, 1]])) for point in [(0.0, 5.0, 5.0, 0.0, [5.0, 5.0]), *points]]
+        done = {"status": "done", "rows": [{"scaled": scaled, "tests": {"test": right}}]}
+        results.add({"digest": comparison.run_of(recipe, row, "subjects", rate, 0).digest, **done})
 
-    add("s2ft", 0.1, [(0.0, 5.0, 5.0, 0.0), (-0.02, 2.0, 2.5, 0.5), (0.04, 1.0, 1.5, 1.0)], 0.5)
-    add("s2ft", 0.2, [(0.0, 5.0, 5.0, 0.0), (0.06, 0.8, 0.9, 1.0)], 0.75)  # at 0.05 this line is at 1.5
-    add("lora", 0.1, [(0.0, 5.0, 5.0, 0.0), (0.1, 1.0, 2.0, 1.0)], 0.25)
+    add("s2ft", 0.1, [(-0.02, 2.0, 2.5, 0.5, [2.0, 3.0]), (0.04, 1.0, 1.5, 1.0, [0.5, 2.5])], 0.5)
+    add("s2ft", 0.2, [(0.06, 0.8, 0.9, 1.0, [0.9, 0.9])], 0.75)  # at 0.05 this line is at 1.5
+    add("lora", 0.1, [(0.1, 1.0, 2.0, 1.0, [1.0, 3.0])], 0.25)  # at 0.05 its questions are at 3 and 4
     (frontier,) = [table for table in tables(recipe, results) if table.name == "subjects-frontier"]
     assert [[cell.mean for cell in row if isinstance(cell, Spread)] for row in frontier.rows] == [
-        pytest.approx([2.0, 1.5, 0.9, 0.9, 1.0, 50.0, -2.0]),
+        pytest.approx([2.0, 1.5, 0.9, 0.9, 1.0, 50.0, -2.0, -2.5, -1.5]),
         pytest.approx([4.7, 3.5, 2.0, 2.0, 3.0, 25.0]),
     ]
     assert [[(line.x[-1], line.y[-1]) for line in figure.series] for figure in figures(recipe, results)] == [
