@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import s2ft
 from bench.experiments.matched_methods import matched
@@ -219,6 +220,7 @@ class Base:
             name: score(examples=ones, file=folder and folder / f"{name}.jsonl") for name, ones in task.tests.items()
         }
 
+    @torch.no_grad()
     def losses(self, model: Any, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
         """Return the losses of the answers to validation and to test questions, in nats a token.
 
@@ -226,7 +228,13 @@ class Base:
         """
         rows = self.rows([one for ones in task.tests.values() for one in ones], settings)
         tokens = [sum(label >= 0 for label in row["labels"]) for row in rows]
-        each = [round(mean_loss(model, [row]) * count, 5) for row, count in zip(rows, tokens)]
+        each: list[float] = []
+        for batch in self.batches(list(rows)):
+            labels = batch.pop("labels")[:, 1:].to(model.device)
+            moved = {name: one.to(model.device) if torch.is_tensor(one) else one for name, one in batch.items()}
+            logits = model(**moved).logits[:, :-1].float()  # of the last positions only, see TokenCollator
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            each += [round(one, 5) for one in losses.view(labels.shape).double().sum(1).tolist()]
         validation = mean_loss(model, self.rows(task.validation, settings))
         return {"validation": validation, "test": sum(each) / sum(tokens), "each": each, "tokens": tokens}
 
