@@ -30,7 +30,7 @@ MEASURES = {
     "chosen": Column("chosen", f"validation loss, ≤ {LIMITS[PAIRED]}", ".4f"),
     "right": Column("right", "right %", PERCENT),
     "beside": Column("beside", f"loss minus LoRA's, ≤ {LIMITS[PAIRED]}", ".3f"),
-    "from": Column("from", "95 % of questions drawn anew, from", ".3f"),
+    "from": Column("from", "95 % over questions, from", ".3f"),
     "to": Column("to", "to", ".3f"),
 }
 COST_COLUMNS = (
