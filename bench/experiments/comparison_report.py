@@ -16,8 +16,8 @@ from bench.experiments.runner import ExperimentRun, Results
 
 LORA = "lora"  # the row with which the others are compared, seed by seed
 PAIRED = "loss_0.05"
-DRAWS = 2000  # of the bootstrap
 LIMITS = {"loss_0.01": 0.01, PAIRED: 0.05, "loss_0.1": 0.1, "any": math.inf}  # of forgetting, in nats a token
+DRAWS = 2000  # of questions, for an interval
 PERCENT, NATS = ".1f", ".3f"
 MEASURES = {
     "test": Column("test", "test %", PERCENT),
@@ -161,17 +161,20 @@ class ExperimentReport:
         Of all rates, the one with the lowest loss of validation questions within the limit counts, see
         :func:`best_within`. The loss is that of the test questions there.
         """
-        lora = {seed: self._within(LORA, task, seed) for seed in self.seeds if LORA in self.titles}
+        lora = {seed: self._runs(LORA, task, seed) for seed in self.seeds if LORA in self.titles}
         rows = []
         for row in dict(self.grid(task)):
-            found = []
+            found, pairs = [], []
             for seed in self.seeds:
-                numbers, other = self._within(row, task, seed), lora.get(seed)
-                if numbers and other and row != LORA:
-                    numbers["beside"] = numbers[PAIRED] - other[PAIRED]
-                found += [numbers] if numbers else []
+                runs, others = self._runs(row, task, seed), lora.get(seed)
+                if not runs:
+                    continue
+                found.append(_within(runs))
+                if others and row != LORA:
+                    found[-1]["beside"] = found[-1][PAIRED] - _within(others)[PAIRED]
+                    pairs.append((_best(runs), _best(others)))
             if found:
-                found[0] |= self._interval(row, task)
+                found[0] |= _interval(pairs)  # one for all seeds: a column shows the mean of the numbers that are there
             rows.append(([self.titles[row], len(found)], found))
         rows += [(["the base", None], [{"right": _right(one)}]) for one in self.of_base(task)]
         limit = self.experiment["settings"].get("answer_within")
@@ -180,39 +183,10 @@ class ExperimentReport:
         head = [Column("row", "method"), Column("seeds", form="d")]
         return self._table(f"{task}-frontier", title, head, rows, notes)
 
-    def _within(self, row: str, task: str, seed: int) -> dict[str, float]:
-        """The test loss within each of LIMITS, the validation loss within PAIRED, and the right answers there in %.
-
-        Empty if nothing ran.
-        """
-        runs = self._runs(row, task, seed)
-        if not runs:
-            return {}
-        found = {name: min(best_within(run["scaled"], limit) for run in runs)[1] for name, limit in LIMITS.items()}
-        best = _best(runs)
-        found["chosen"] = best_within(best["scaled"], LIMITS[PAIRED])[0]
-        return found | ({"right": _right(best)} if "tests" in best else {})
-
     def _runs(self, row: str, task: str, seed: int) -> list[dict[str, Any]]:
         """The results of a row with a seed at all its rates."""
         runs = [self.run(row, task, rate, seed) for rate in rates_of(self.experiment, row, task)]
         return [found for run in runs if (found := self.results.row(run))]
-
-    def _interval(self, row: str, task: str) -> dict[str, float]:
-        """Where the loss minus LoRA's within PAIRED lies if the test questions are drawn anew (bootstrap, 95 %).
-
-        It is the mean over the seeds whose runs keep the loss of each question, of both methods. Empty without one.
-        """
-        pairs = [(self._runs(row, task, seed), self._runs(LORA, task, seed)) for seed in self.seeds]
-        pairs = [(_best(mine), _best(other)) for mine, other in pairs if mine and other and row != LORA]
-        pairs = [pair for pair in pairs if all("each" in run["scaled"][0] for run in pair)]
-        if not pairs:
-            return {}
-        differences = np.mean([_of_questions(mine) - _of_questions(other) for mine, other in pairs], axis=0)
-        tokens = np.array(pairs[0][0]["scaled"][0]["tokens"])
-        drawn = np.random.default_rng(0).integers(len(tokens), size=(DRAWS, len(tokens)))
-        means = differences[drawn].sum(1) / tokens[drawn].sum(1)
-        return dict(zip(("from", "to"), np.quantile(means, (0.025, 0.975)).tolist()))
 
     # ---- figures -----------------------------------------------------------------------------------------
 
@@ -232,6 +206,33 @@ class ExperimentReport:
 def _best(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The run with the lowest validation loss within PAIRED."""
     return min(runs, key=lambda run: best_within(run["scaled"], LIMITS[PAIRED]))
+
+
+def _within(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """The test loss within each of LIMITS, the validation loss within PAIRED, and the right answers there in %."""
+    found = {name: min(best_within(run["scaled"], limit) for run in runs)[1] for name, limit in LIMITS.items()}
+    best = _best(runs)
+    found["chosen"] = best_within(best["scaled"], LIMITS[PAIRED])[0]
+    return found | ({"right": _right(best)} if "tests" in best else {})
+
+
+def _interval(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
+    """Where the loss minus LoRA's lies, mean over seeds, if the test questions are drawn anew: a bootstrap, 95 %.
+
+    Args:
+        pairs: The best run of a row, and LoRA's, for each seed. All have the same questions.
+
+    Returns:
+        Its ends. Empty if in no pair both runs keep the loss of each question.
+    """
+    pairs = [pair for pair in pairs if all("each" in run["scaled"][0] for run in pair)]
+    if not pairs:
+        return {}
+    differences = np.mean([_of_questions(mine) - _of_questions(other) for mine, other in pairs], axis=0)
+    tokens = np.array(pairs[0][0]["scaled"][0]["tokens"])
+    drawn = np.random.default_rng(0).integers(len(tokens), size=(DRAWS, len(tokens)))
+    means = differences[drawn].sum(1) / tokens[drawn].sum(1)
+    return dict(zip(("from", "to"), np.quantile(means, (0.025, 0.975)).tolist()))
 
 
 def _of_questions(run: dict[str, Any]) -> np.ndarray:

@@ -12,7 +12,8 @@ It holds for full fine-tuning too. All good rates that are known:
 | SmolLM2-135M | 576 | 0.032 | 0.19 | two tasks, 16 updates | 1e-3 to 4e-3 | 2e-3 | this project, `frontier` |
 | SmolLM2-135M | 576 | 0.0075 | 0.19 | word problems, 64 updates | 4e-3 | 5e-3 | this project, `frontier` |
 | SmolLM2-135M | 576 | 1 | 0.19 | three tasks, 16 updates | 5e-5 to 1e-4 | 8e-5 | `frontier`, full model |
-| Gemma 3 270M | 640 | 0.049 | 0.016 | three tasks, 16 updates | 1e-4 to 1.5e-4 | 1e-4 | this project, `second-model` |
+| Gemma 3 270M | 640 | 0.07 | 0.016 | three tasks, 16 updates | 1e-4 to 1.5e-4 | 9e-5 | this project, `second-model` |
+| Gemma 3 270M | 640 | 0.076 | 0.04 | three tasks, 16 updates | 1.6e-4 to 2.5e-4 | 2e-4 | `second-model`, inputs |
 | Llama-3.2-3B | 3072 | 0.0034 | 0.02? | MetaMathQA | 3e-4 | 5e-4 | PEFT's comparison, SHiRA (1) |
 | LLaMA-3-8B | 4096 | 0.008 | 0.015? | commonsense | 2e-4 | 1e-4 | S²FT paper, arXiv 2412.06289 |
 | LLaMA-3-8B | 4096 | 0.008 | 0.015? | arithmetic | 1e-3 | 1e-4 | S²FT paper |
@@ -20,7 +21,7 @@ It holds for full fine-tuning too. All good rates that are known:
 (1) SHiRA trains single weights, at random places. Only this rate was tried, over 5,000 updates. A size with a question
 mark is an estimate.
 
-Seven points do not prove a rule. It does not know the task (the two of the paper differ by a factor of five), the
+Eight points do not prove a rule. It does not know the task (the two of the paper differ by a factor of five), the
 batch, and how much forgetting is allowed: a higher rate learns more of the task, and forgets more.
 
 What a weight moves grows with the number of updates too. A run of fewer than 32 gets the rate times 32 / updates, at

@@ -15,6 +15,7 @@ from bench.experiments.learning import Base, base_of
 from bench.experiments.matched_methods import matched, trained_parameters
 from bench.experiments.smoke import smoke_data, smoke_model
 from bench.experiments.tasks import TASKS
+from s2ft.text.divergence import mean_loss
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,15 @@ def test_distance_from_the_base_is_zero_for_the_base(settings):
     assert found["forgetting"]["other_text.jsonl"] != 0 and found["kl"] > 0
 
 
+def test_the_losses_of_single_questions_make_the_mean_loss(settings):
+    base, known = base_of(settings), {**settings, "task": "math10k"}
+    rows = base.rows([one for ones in base.task(known).tests.values() for one in ones], known)
+    found = base.losses(base.model, base.task(known), known)
+    assert [found["test"], found["each"][-1] / found["tokens"][-1]] == pytest.approx(
+        [mean_loss(base.model, rows), mean_loss(base.model, [rows[-1]])], rel=1e-5
+    )
+
+
 def test_questions_are_answered_at_the_part_of_the_update_that_is_reported(settings, tmp_path, monkeypatch):
     run = {
         **settings, "task": "arithmetic", "method": "full", "options": {}, "training": {"max_steps": 2},
@@ -113,8 +123,10 @@ def test_answers_are_compared_by_peft_s_rules(text, right, expected):
 
 def test_batches_are_sorted_within_twenty_batches_and_label_one_end_token():
     rows = [[0] * length for length in range(1, 101)]
-    made = list(metamath.batches_of(rows, 2))
-    assert sum(made, []) == sorted(rows[:40], key=len)[::-1] + sorted(rows[40:80], key=len)[::-1] + rows[80:][::-1]
+    assert (
+        sum(metamath.batches_of(rows, 2), [])
+        == sorted(rows[:40], key=len)[::-1] + sorted(rows[40:80], key=len)[::-1] + rows[80:][::-1]
+    )
     batch = metamath.tensors_of([[5, 6, 7, 8], [5, 6], [9]], 2)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 2, 2], [9, 2, 2, 2]]
     assert batch["labels"].tolist() == [[5, 6, 7, 8], [5, 6, 2, -100], [9, 2, -100, -100]]
@@ -188,5 +200,5 @@ def test_the_rows_of_s2ft_are_experiments_of_peft(settings, tmp_path):
     )
     assert plain.d_ratio == 0.1 and plain.units is None
     assert chosen.units and chosen.info == {"chosen_by": {"d_ratio": 0.1, "protect_ratio": 0.5}}
-    written = json.loads(next(tmp_path.glob("peft/s2ft/*-protect-*/training_params.json")).read_text())
-    assert written == {"optimizer_kwargs": {"lr": 0.001, "weight_decay": 0.1}}
+    (written,) = tmp_path.glob("peft/s2ft/*-protect-*/training_params.json")
+    assert json.loads(written.read_text()) == {"optimizer_kwargs": {"lr": 0.001, "weight_decay": 0.1}}

@@ -1,6 +1,5 @@
 """The runner keeps each result, goes on where it was interrupted, and says what failed."""
 
-import json
 import multiprocessing
 import os
 
@@ -108,20 +107,17 @@ def test_the_committed_tables_are_printed_from_the_committed_runs(tmp_path):
     from bench.experiments.__main__ import chosen, parser, read, report
 
     folder = runner.Path(runner.__file__).parent / "results"
-    names = {
-        "evidence": [],
-        "screening": [],
-        "frontier": [],
-        "second-model": [],
-        "small-sequence": ["--only", "s2ft-disjoint", "lora"],
-    }
-    for name, only in names.items():
-        lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
-        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        recipe = chosen(read(name), parser().parse_args([name, *only]))
-        recipe["settings"].setdefault("model", None)
-        report(name, recipe, Results(tmp_path / f"{name}.jsonl"), tmp_path)
-        assert all(json.loads(line)["status"] == DONE for line in lines.splitlines())
+    for words in (
+        ["evidence"],
+        ["screening"],
+        ["frontier"],
+        ["second-model"],
+        ["small-sequence", "--only", "s2ft-disjoint", "lora"],
+    ):
+        (tmp_path / f"{words[0]}.jsonl").write_bytes((folder / f"{words[0]}.jsonl").read_bytes())
+        results = Results(tmp_path / f"{words[0]}.jsonl")
+        report(words[0], chosen(read(words[0]), parser().parse_args(words)), results, tmp_path)
+        assert all(line["status"] == DONE for line in results.lines.values())
     printed = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.md")}
     assert len(printed) == 16 and printed == {
         file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")
