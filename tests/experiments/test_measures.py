@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from support.inside import TUNERS, prepare
+from support.inside import TUNERS, mean_loss, prepare
 from support.models import model_of
 from train.tiny import tiny_model
 
@@ -15,7 +15,6 @@ from bench.experiments.learning import Base, base_of
 from bench.experiments.matched_methods import matched, trained_parameters
 from bench.experiments.smoke import smoke_data, smoke_model
 from bench.experiments.tasks import TASKS
-from s2ft.text.divergence import mean_loss
 
 
 @pytest.fixture(scope="module")
