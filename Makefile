@@ -102,7 +102,7 @@ SECONDS ?= 570
 gpu:
 	$(GPU_PYTHON) bench/gpu/check_gpu.py --out $(OUT) --seconds $(SECONDS) $(if $(CPU),--cpu)
 
-# Compare S²FT with LoRA, DoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes 70 minutes on two
+# Compare S²FT with LoRA, DoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes 70 to 92 minutes on two
 # cores, and can be interrupted and started again. `python -m bench.experiments --list` has the other experiments. The
 # results and tables replace those in bench/experiments/results, the figures those in docs/assets.
 EVIDENCE := reasoning-gym==0.1.25
