@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from support.aliases import alias_of
-from support.inside import experts_forward
+from support.inside import EXPERTS, experts_forward
 from support.models import ALL_RATIOS, SHAPE, fit, model_of, output_of, randomized, ratios_for, train
 from support.nets import doubled
 from support.states import randomize, same, with_adapter
@@ -28,6 +28,26 @@ def test_an_expert_without_tokens():
     first, second, third = experts.down_proj.s2.grad.split(experts.down_proj.counts, 1)
     assert first.abs().sum() > 0 and second.abs().sum() > 0 and torch.equal(third, torch.zeros_like(third))
     assert experts(torch.randn(0, 24), torch.empty(0, 2, dtype=torch.int64), torch.rand(0, 2)).shape == (0, 24)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_a_product_that_leaves_values_in_empty_groups_gives_no_gradient(dim, monkeypatch):
+    """As PyTorch's product of groups does on compute capability 10: pytorch#172439. An optimizer would follow them."""
+    grouped_mm = nn.functional.grouped_mm
+
+    def with_leftovers(a, b, *, offs):
+        y = grouped_mm(a, b, offs=offs)
+        if y.dim() == 3:
+            y[offs.diff(prepend=offs.new_zeros(1)) == 0] = 7.0
+        return y
+
+    monkeypatch.setattr(nn.functional, "grouped_mm", with_leftovers)
+    weight = torch.randn(4, 16, 8, dtype=torch.bfloat16)
+    index = {expert: torch.arange(expert, expert + 3) for expert in range(4)}
+    layer = EXPERTS.layers[dim](nn.Parameter(weight), index, torch.float32)
+    layer(torch.randn(5, 8, dtype=torch.bfloat16), torch.tensor([0, 2, 2, 5], dtype=torch.int32)).sum().backward()
+    gets_gradient = [bool(part.any()) for part in layer.s2.grad.split(layer.counts, dim)]
+    assert gets_gradient == [False, True, False, True]
 
 
 def test_tokens_of_experts_of_other_devices_add_nothing():

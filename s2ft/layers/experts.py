@@ -18,7 +18,7 @@ from s2ft.layers.base import S2Layer, beside
 from s2ft.layers.linear import Kind, is_intercepted, product
 from s2ft.ops import Slice, act_mul
 from s2ft.ops._grouped import columns_to_keep, delta_gradient, grouped_mm
-from s2ft.ops._library import without_autocast
+from s2ft.ops._library import below_autograd, without_autocast
 from s2ft.ops.act_mul import ACTIVATIONS
 
 
@@ -322,7 +322,7 @@ class ExpertsKind(Kind):
         return tensor[expert].t() if self.transposed else tensor[expert]
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Tensor) -> Tensor:
-        return grouped_mm(x, stack_of(weight, self.transposed).transpose(1, 2), call)
+        return below_autograd(grouped_mm, x, stack_of(weight, self.transposed).transpose(1, 2), call)
 
     def keep(self, layer: Any, x: Tensor, call: Tensor) -> Tensor:
         if layer.dim == 0:
@@ -331,7 +331,7 @@ class ExpertsKind(Kind):
         return columns_to_keep(x, stack, layer.index + layer.first, max(layer.counts), call)
 
     def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Tensor) -> Tensor:
-        return grouped_mm(grad, stack_of(weight, self.transposed), call)
+        return below_autograd(grouped_mm, grad, stack_of(weight, self.transposed), call)
 
     def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Tensor, plain: bool) -> Tensor:
         stack, index = stack_of(layer.weight, self.transposed), layer.index + layer.first

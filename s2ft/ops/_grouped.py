@@ -7,13 +7,14 @@ would wait for the sizes of the groups, so blocks of rows do it: a block has row
 blocks is known without the sizes.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2ft.ops._library import define, host_can_read
+from s2ft.ops._library import below_autograd, define, host_can_read
 from s2ft.ops.in_place import is_being_captured
 from s2ft.ops.sliced import ALIGNMENT
 
@@ -46,7 +47,10 @@ def outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Sum the outer products of the rows of each group: a [T, A], b [T, B] → [groups, A, B]."""
     a, b = a.contiguous(), b.contiguous()
     if takes(a) and takes(b) and _prefers_one_product(a, offsets.shape[0]):
-        return F.grouped_mm(a.t(), b, offs=offsets)
+        sums = F.grouped_mm(a.t(), b, offs=offsets)
+        # On compute capability 10 a group without rows gets what the accumulator held before: pytorch#172439.
+        is_empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+        return sums.masked_fill_(is_empty[:, None, None], 0)
     if not host_can_read(offsets):
         return outer_in_blocks(a, b, offsets)
     sums = a.new_zeros(offsets.shape[0], a.shape[1], b.shape[1])
@@ -64,11 +68,16 @@ def _prefers_one_product(x: Tensor, groups: int) -> bool:
     Its kernel for all groups is for bfloat16 on compute capability 9 and 10. On other GPUs PyTorch waits for the
     offsets and calls one product for each group, also for groups without rows.
     """
-    if not x.is_cuda or x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10):
+    if not x.is_cuda or x.dtype is torch.bfloat16 and _major_capability(x.device) in (9, 10):
         return True
     # A block copies its matrix, which moves three times as much memory as a product. One product for each group is
     # therefore better for many rows, and costs a wait.
     return x.shape[0] > groups and not is_being_captured(x)
+
+
+@cache  # PyTorch asks for it anew, in each product
+def _major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 # ---- blocks of rows --------------------------------------------------------------------------------------
@@ -229,9 +238,9 @@ def delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, index, most, offse
     """The gradient of delta. `kept` is all of x for dim 0, and its selected columns for dim 1."""
     units, places = _table(index, most, groups, size, grad.dtype)
     if dim == 0:
-        sums = grouped_outer(_columns(grad, units, offsets), kept, offsets).flatten(0, 1)
+        sums = below_autograd(grouped_outer, _columns(grad, units, offsets), kept, offsets).flatten(0, 1)
     else:
-        sums = grouped_outer(grad, kept, offsets).transpose(0, 1).flatten(1)
+        sums = below_autograd(grouped_outer, grad, kept, offsets).transpose(0, 1).flatten(1)
     if places is not None:
         sums = sums.index_select(dim, places)
     return sums.to(delta.dtype)

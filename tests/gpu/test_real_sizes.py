@@ -82,7 +82,7 @@ def test_experts_at_real_sizes(dim, device):
     index = {expert: torch.randperm((outputs, inputs)[dim])[:per] for expert in range(experts)}
     layer = EXPERTS.layers[dim](nn.Parameter(weight.clone()), index, torch.float32)
     torch.nn.init.normal_(layer.s2, std=1 / 32)
-    x = torch.randn(int(rows.sum()), inputs, device=device).bfloat16()
+    x = torch.randn(int(rows.sum()), inputs, device=device).bfloat16().requires_grad_()
     got = layer(x, rows.cumsum(0, dtype=torch.int32).to(device))
     merged = weight.clone()
     for (expert, units), part in zip(index.items(), layer.s2.detach().split(per, dim)):
@@ -92,5 +92,16 @@ def test_experts_at_real_sizes(dim, device):
     expected = [F.linear(part, one) for part, one in zip(x.split(rows.tolist()), merged)]
     rtol, atol = GEMM[torch.bfloat16]
     torch.testing.assert_close(got, torch.cat(expected), rtol=rtol, atol=atol)
+
+    grad = torch.randn_like(got)
+    got.backward(grad)
+    grads, inputs_of = grad.split(rows.tolist()), x.detach().split(rows.tolist())
+    expected_x = [part @ one for part, one in zip(grads, merged)]
+    torch.testing.assert_close(x.grad, torch.cat(expected_x), rtol=rtol, atol=atol)
+    for expert, part in enumerate(layer.s2.grad.split(per, dim)):
+        whole = grads[expert].float().t() @ inputs_of[expert].float()
+        wanted = whole.index_select(dim, index[expert].to(device))
+        torch.testing.assert_close(part, wanted, rtol=rtol, atol=atol)
+        assert rows[expert] or not part.any(), f"expert {expert} has no tokens, and a gradient"
     layer.unfuse()
     assert torch.equal(bits(layer.weight), bits(weight))
