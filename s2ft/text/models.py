@@ -406,6 +406,25 @@ def _check_hub(name: str, source: str, revision: str | None) -> None:
         ) from error
 
 
+def hub_revision(name: str, revision: str | None = None) -> str:
+    """Return the commit of a model on the hub, as it is on this machine or is downloaded now.
+
+    Args:
+        name: Its name on the hub.
+        revision: Branch, tag or commit; default: the main branch.
+
+    Raises:
+        ValueError: There is no such model, or the hub can't be asked.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    _check_hub(name, name, revision)
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name  # snapshots/COMMIT/config.json
+    except errors.EntryNotFoundError as error:  # also if the hub may not be asked
+        raise ValueError(f"there is no config.json of {name} here, and none was downloaded") from error
+
+
 def _auto_class(config):
     """The class of transformers that loads the whole checkpoint, also the towers for images and sound if it has any."""
     import transformers

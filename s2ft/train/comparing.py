@@ -25,6 +25,7 @@ from s2ft.packages import check_packages
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import answer_lines, compare, evaluate
 from s2ft.train.batching import updates_of
+from s2ft.train.contents import hash_of_base, hash_of_rows
 from s2ft.train.device import explain_out_of_memory, peak_memory
 from s2ft.train.options import CompareOptions, check_ratios
 from s2ft.train.output import LOCK, only_run_in, write_json
@@ -42,6 +43,13 @@ OF_PEFT = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_target_
            "lora_modules_to_save": "modules_to_save",
            **{name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}}  # fmt: skip # by TRL's
 SHOWN = 2  # answers side by side
+# What all runs of a comparison read, by its key in the contents of a line of runs.jsonl.
+READ = {
+    "rows": "the training rows",
+    "held_out": "the held-out rows",
+    "forgetting_data": "the text of --forgetting-data",
+    "model": "the files of the model",
+}
 
 
 # What is measured, by its key in a line of runs.jsonl: the heading of its column, and the format of its values.
@@ -77,26 +85,36 @@ def compare_tuners(run: Run, words: Sequence[str]) -> None:
     if options.one_run:
         method, rate, seed = options.one_run
         line = {"method": method, "multiple": float(rate), "seed": int(seed), "settings": settings}
+        line["contents"] = contents_of(run)
         with explain_out_of_memory(smaller_step(run.arguments)):
             line |= measure(run, method, float(rate), int(seed))
         earlier = (folder / RUNS).read_bytes() if (folder / RUNS).exists() else b""
         replace_file(folder / RUNS, earlier + (json.dumps(line, ensure_ascii=False) + "\n").encode())
         return
     check(run, options)
-    wanted = list(product(options.seeds, options.methods, options.rates))
+    wanted = [(method, rate, seed) for seed, method, rate in product(options.seeds, options.methods, options.rates)]
+    contents = contents_of(run)
     with only_run_in(folder):
         if run.options.overwrite:
             (folder / RUNS).unlink(missing_ok=True)
-        for number, (seed, method, rate) in enumerate(wanted, 1):
-            if (method, rate, seed) not in finished(folder, settings):
+        earlier, done = runs_in(folder, settings), finished(folder, settings, contents)
+        warn_of_changes(
+            folder, [line for line in earlier if key_of(line) in wanted and key_of(line) not in done], contents
+        )
+        for number, (method, rate, seed) in enumerate(wanted, 1):
+            if (method, rate, seed) not in finished(folder, settings, contents):
                 logger.info(
                     "run %d of %d: %s, rate × %g, seed %d", number, len(wanted), TUNERS[method].title, rate, seed
                 )
                 status = own_process([*words, "--one-run", method, str(rate), str(seed)])
                 if status:
                     raise SystemExit(status)
-        done = finished(folder, settings)
-        lines = [done[method, rate, seed] for seed, method, rate in wanted]
+        done = finished(folder, settings, contents)
+        if not done.keys() >= set(wanted):
+            raise ValueError(
+                f"{', '.join(READ.values())}: one of these changed during the runs; start the command again"
+            )
+        lines = [done[key] for key in wanted]
         best = {method: best_rate([line for line in lines if line["method"] == method]) for method in options.methods}
         print(report(lines, best))
         write_json(folder / REPORT, {"settings": settings, "best": best, "runs": lines})
@@ -135,11 +153,53 @@ def own_process(words: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "s2ft", "compare", *words]).returncode
 
 
-def finished(folder: Path, settings: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
-    """Return the lines of runs with these settings, by method, rate and seed."""
+def contents_of(run: Run) -> dict[str, str | None]:
+    """Return the hashes of what all runs of a comparison read, by the keys of :data:`READ`."""
+    rows, held_out = run.method.read(run)
+    other = other_text(run)[0]
+    in_loading = getattr(run.arguments, "model_init_kwargs", None) or {}
+    return {
+        "rows": hash_of_rows(rows),
+        "held_out": hash_of_rows(held_out),
+        "forgetting_data": None if other is None else hash_of_rows(other),
+        "model": hash_of_base(run.model.model_name_or_path, in_loading.get("revision", run.model.model_revision)),
+    }
+
+
+def runs_in(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of all runs with these settings, whatever the files held that they read."""
     file = folder / RUNS
-    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else ())
-    return {(one["method"], one["multiple"], one["seed"]): one for one in lines if one["settings"] == settings}
+    if not file.exists():
+        return []
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["settings"] == settings]
+
+
+def finished(folder: Path, settings: dict[str, Any], contents: dict[str, str | None]) -> dict[tuple, dict[str, Any]]:
+    """Return the lines of runs with these settings that read the same contents, by method, rate and seed."""
+    lines = [line for line in runs_in(folder, settings) if line.get("contents") == contents]
+    return {key_of(line): line for line in lines}
+
+
+def key_of(line: dict[str, Any]) -> tuple[str, float, int]:
+    """Return the method, the rate and the seed of a run."""
+    return line["method"], line["multiple"], line["seed"]
+
+
+def warn_of_changes(folder: Path, lines: list[dict[str, Any]], contents: dict[str, str | None]) -> None:
+    """Log which runs are made again, because what they read has changed.
+
+    Args:
+        folder: The output folder.
+        lines: Their lines in the folder.
+        contents: What is read now.
+    """
+    if not lines:
+        return
+    recorded = [line.get("contents", {}) for line in lines]
+    changed = [name for key, name in READ.items() if any(one.get(key) != contents[key] for one in recorded)]
+    count = f"{len(lines)} run{'s' * (len(lines) != 1)}"
+    logger.warning("%s in %s read other data and will be made again: %s changed", count, folder, " and ".join(changed))
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ LOCK = ".lock"  # a file in the folder, which the process that writes a run hold
 # number of groups the same rows are divided in another way.
 GROUPS, ROWS = "groups_of_devices", "training.batch_size"
 DIVISION = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+CONTENTS = "contents"  # in run.json: the hashes of what the run reads, by these names
+TRAINING_ROWS, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 
 class RunFolder:
@@ -109,19 +111,31 @@ class RunFolder:
             else f"{checkpoint} is kept: go on from it with --resume"
         )
 
-    def begin(self, options: dict, resume: bool = False, config: str | None = None) -> None:
+    def begin(
+        self,
+        options: dict,
+        resume: bool = False,
+        config: str | None = None,
+        *,
+        contents: Mapping[str, str] | None = None,
+        may_change: Collection[str] = (),
+    ) -> None:
         """Remove the files of an earlier run and write run.json, or check that the earlier run has the same options.
 
         Args:
             options: The options of this run that determine its result.
             resume: Whether this run continues the earlier one.
             config: The text of config.yaml, or None for a run that no config file can repeat.
+            contents: The hashes of what this run reads, by what it is, such as "training rows".
+            may_change: Names of contents that do not determine the result. If one has changed, a warning says so.
 
         Raises:
-            ValueError: The earlier run has other options. The message names them.
+            ValueError: The earlier run has other options, or has read other contents. The message names them.
         """
+        contents = dict(contents or {})
         if resume:
             earlier = self.options()
+            self._check_contents(earlier.pop(CONTENTS, {}), contents, may_change)
             free = {GROUPS, *DIVISION} if earlier.get(GROUPS) != options.get(GROUPS) else set()
             names = [key for key in {**earlier, **options} if key not in free]
             different = [key for key in names if earlier.get(key) != options.get(key)]
@@ -138,9 +152,23 @@ class RunFolder:
         for path in (self.log, self.plot, self.report, self.config):
             path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.run, options)
+        write_json(self.run, {**options, CONTENTS: contents} if contents else options)
         if config is not None:
             replace_file(self.config, config.encode())
+
+    def _check_contents(self, earlier: Mapping[str, str], now: Mapping[str, str], may_change: Collection[str]) -> None:
+        """Raise ValueError if a run would go on with other rows. What one of both has not read is not compared."""
+        for name in earlier.keys() & now.keys():
+            if earlier[name] == now[name]:
+                continue
+            if name in may_change:
+                logger.warning("warning: the %s have changed since the run in %s was started", name, self.path)
+                continue
+            raise ValueError(
+                f"the {name} have changed since the run in {self.path} was started, so no run goes on with them: put "
+                "the data back as it was, or start again with --overwrite. To train its adapter further on other "
+                f"rows, leave out --resume, and give --init-adapter {self.path} and another --output"
+            )
 
 
 def log_failure(what: str, error: Exception) -> None:

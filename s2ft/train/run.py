@@ -34,6 +34,7 @@ from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, pr
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.batching import updates_of
+from s2ft.train.contents import count_of_trained, hash_of_rows
 from s2ft.train.device import begin_on, explain_out_of_memory
 from s2ft.train.fit import Finetuned, base_for_vllm, check_packages_of_run, is_checkpointed, log_errors
 from s2ft.train.forgetting import ForgettingMeter
@@ -46,7 +47,7 @@ from s2ft.train.options import (
     divide_batch,
     with_default_ratio,
 )
-from s2ft.train.output import GROUPS, ROWS, RunFolder, read_log
+from s2ft.train.output import GROUPS, HELD_OUT_ROWS, ROWS, TRAINING_ROWS, RunFolder, read_log
 from s2ft.train.parallel import (
     check_can_shard,
     devices_of,
@@ -83,6 +84,11 @@ class Encoded:
     prompt: PromptFormat
     rows: Any
     held_out: Any = None
+
+    @property
+    def held_out_rows(self) -> Any:
+        """The rows to evaluate on as the trainer takes them, without the examples that are answered; or None."""
+        return getattr(self.held_out, "rows", self.held_out)
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,11 @@ class Run:
             raise FileNotFoundError(f"resume_from_checkpoint {value} is no checkpoint in the output folder {folder}")
         return path
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether what is evaluated decides which weights the run ends with."""
+        return self.arguments.load_best_model_at_end or self.forgetting.stop_at_kl is not None
+
     def for_model(self, model) -> "Run":
         """Return the run with the ratio and the layout that follow from the model, unless the user set them."""
         if model.name_or_path.endswith(".gguf") and not self.model.keep_packed:
@@ -168,8 +179,7 @@ class Run:
         The names of the selection begin with "adapter.", those of the model with "model.", and those of TRL's arguments
         with "training.".
         """
-        arguments, given = self.arguments, self.given
-        best = arguments.load_best_model_at_end or self.forgetting.stop_at_kl is not None
+        arguments, given, best = self.arguments, self.given, self.keeps_best
         found: dict[str, Any] = {"command": self.method.name, "model": self.model.model_name_or_path}
         found |= {f"model.{one.name}": getattr(self.model, one.name) for one in fields(self.model)[1:]}
         found |= {f"adapter.{key}": entry for key, entry in self.config.to_dict().items()}
@@ -266,7 +276,21 @@ def load(run: Run) -> tuple[Run, Any, Any, Encoded]:
     begin_on(device, run.options.keep_memory, run.is_first)
     model, tokenizer = load_base(run.model, arguments)
     run = run.for_model(model)
-    return run, model, tokenizer, method.encode(run, model, tokenizer, rows, held_out)
+    data = method.encode(run, model, tokenizer, rows, held_out)
+    if run.is_first and data.held_out is not None:
+        warn_of_trained_rows(data)
+    return run, model, tokenizer, data
+
+
+def warn_of_trained_rows(data: Encoded) -> None:
+    """Log how many held-out rows are trained on too: what is measured on them says little about new ones."""
+    count = count_of_trained(data.rows, data.held_out_rows)
+    if count:
+        logger.warning(
+            "warning: %d of %d held-out rows stand in the training rows too: their loss says little about new rows",
+            count,
+            len(data.held_out_rows),
+        )
 
 
 def _train(run: Run, config_text: Any) -> Finetuned:
@@ -305,7 +329,16 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     # Statistics may round differently on different devices.
     check_all_ranks_agree("selection", record_of(model).selection.digest)
     if run.is_first:
-        run.folder.begin({**run.determining(), "rows": len(data.rows)}, bool(run.resume), config_text(run))
+        contents = {TRAINING_ROWS: hash_of_rows(data.rows)}
+        if data.held_out is not None:
+            contents[HELD_OUT_ROWS] = hash_of_rows(data.held_out_rows)
+        run.folder.begin(
+            {**run.determining(), "rows": len(data.rows)},
+            bool(run.resume),
+            config_text(run),
+            contents=contents,
+            may_change=() if run.keeps_best else (HELD_OUT_ROWS,),
+        )
         print(report, flush=True)
     ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
 
@@ -492,7 +525,7 @@ def meter_of(run: Run, other, model, tokenizer, data: Encoded) -> ForgettingMete
     options, seed = run.forgetting, run.config.seed
     if not options.measures:
         return None
-    held_out = getattr(data.held_out, "rows", data.held_out)
+    held_out = data.held_out_rows
     texts = None if other is None else text_rows(other, tokenizer, longest_other_row(model), options.meter_rows, seed)
     prompts: Any = None
     if options.measures_kl:

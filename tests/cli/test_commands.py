@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.inside import load_model
 from support.states import same, with_loaded
-from train.tiny import save_tiny, write_jsonl
+from train.tiny import save_tiny, sums, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import s2ft
@@ -61,6 +61,28 @@ def test_a_second_run_needs_overwrite_or_resume(work, tmp_path, monkeypatch):
     assert len(kept) == 2  # the run that was refused and the last one did not ask for it
     again = (tmp_path / "out/log.jsonl").read_text()
     assert [json.loads(a)["loss"] for a in first.splitlines()] == [json.loads(a)["loss"] for a in again.splitlines()]
+
+
+def test_a_run_does_not_go_on_after_its_rows_were_replaced(work, tmp_path, capsys):
+    def rows(answer):
+        write_jsonl(tmp_path / "data.jsonl", [{"instruction": f"{n}", "output": answer} for n in range(12)])
+
+    paths = {"work": work, "out": tmp_path / "out", "rows": tmp_path / "data.jsonl"}
+    words = "sft --model {work}/model --data {rows} --output {out} --batch-size 4 --max-steps 4 --d-ratio 0.1"
+    rows("yes")
+    command(f"{words} --stop-after 2", **paths)
+    rows("no")
+    command(f"{words} --resume", 2, **paths)
+    assert "the training rows have changed since the run" in capsys.readouterr().err
+    rows("yes")
+    command(f"{words} --resume", **paths)
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(work, tmp_path, caplog):
+    words = "sft --model {work}/model --data {work}/data.jsonl --eval-data {rows} --output {out} --max-steps 1"
+    held_out = write_jsonl(tmp_path / "rows.jsonl", [*sums(2), {"instruction": "new", "output": "row"}])
+    command(words, work=work, rows=held_out, out=tmp_path / "out")
+    assert "2 of 3 held-out rows stand in the training rows too" in caplog.text
 
 
 def test_eval_with_an_adapter_generates_the_text_of_the_merged_model(work, merged, tmp_path, capsys):

@@ -112,6 +112,7 @@ MODULES = {
     "train.trainer": "AdapterCheckpoints S2FTTrainer",
     "train.output": "SEAL STATE UNFINISHED checkpoints damage move_into_place newest_valid seal LOCK:LockLOCK RunFolder loss_figure only_run_in read_log",
     "train.comparing": "best_rate report",
+    "train.contents": "count_of_trained hash_of_base hash_of_rows",
     "train.demo": "PROBLEMS problem_set",
     "train.device": "explain_out_of_memory words_of_allocator is_out_of_memory keep_freed_memory",
     "train.forgetting": "ForgettingMeter",

@@ -1,6 +1,7 @@
 """s2ft compare: the same rows for each method, no run made twice, honest words, and one line for a mistake."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -88,6 +89,29 @@ def test_no_run_is_made_twice_and_a_new_seed_makes_its_own_runs_only(work, compa
     assert compare(work, other)[2] == [["lora", "1", "0"]]
 
 
+def test_runs_on_a_file_whose_content_changed_are_made_again_and_share_no_table(work, tmp_path, caplog):
+    place = shutil.copytree(work / "model", tmp_path / "model").parent
+    words = f"{OPTIONS} --methods s2ft"
+    write_jsonl(place / "data.jsonl", sums(20))
+    _, first, _ = compare(place, words)
+    write_jsonl(place / "data.jsonl", [{**row, "output": "None."} for row in sums(20)])
+    status, lines, made = compare(place, words)
+    assert status == 0 and made == [["s2ft", "1", "0"]] and lines[0] == first[0]
+    assert lines[1]["loss_before"] != first[0]["loss_before"]
+    assert "1 run in" in caplog.text and "the training rows and the held-out rows changed" in caplog.text
+    assert len(json.loads((place / "out/compare.json").read_text())["runs"]) == 1
+    config = json.loads((place / "model/config.json").read_text())
+    (place / "model/config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    assert compare(place, words)[2] == [["s2ft", "1", "0"]] and "the files of the model changed" in caplog.text
+
+
+def test_rows_that_change_during_the_runs_make_no_table(work, tmp_path, monkeypatch, capsys):
+    hashes = iter("12")
+    monkeypatch.setattr("s2ft.train.comparing.hash_of_base", lambda *_: next(hashes))
+    assert compare(work, f"{OPTIONS} --methods s2ft", tmp_path)[0] == 2
+    assert "changed during the runs" in capsys.readouterr().err and not (tmp_path / "compare.json").exists()
+
+
 def line_of(method, rate, seed, loss, **values):
     return {
         "method": method,
@@ -141,5 +165,5 @@ def test_a_folder_with_other_files_is_refused_and_a_failed_run_ends_the_command(
     (tmp_path / "out/logs").mkdir(parents=True)  # of a first run that failed
     (tmp_path / "out/.lock").touch()
     with pytest.raises(SystemExit, match="1"):
-        main(["compare", "--model", str(work), "--data", str(work / "data.jsonl"), "--output", str(tmp_path / "out"),
+        main(["compare", "--model", str(work / "model"), "--data", str(work / "data.jsonl"), "--output", str(tmp_path / "out"),
               *OPTIONS.split()])  # fmt: skip

@@ -27,6 +27,25 @@ def test_a_resumed_run_must_have_the_options_of_the_run(tmp_path):
             folder.begin(options, resume=True)
 
 
+def test_a_resumed_run_must_read_the_rows_of_the_run_and_may_hold_out_others(tmp_path, caplog):
+    folder = RunFolder(tmp_path)
+    folder.begin({"a": 1}, contents={"training rows": "1", "held-out rows": "2"})
+    folder.begin({"a": 1}, resume=True, contents={"training rows": "1"})  # it evaluates no more
+    with pytest.raises(ValueError, match="the training rows have changed since the run"):
+        folder.begin({"a": 1}, resume=True, contents={"training rows": "3"})
+    other = {"training rows": "1", "held-out rows": "3"}
+    with pytest.raises(ValueError, match="the held-out rows have changed"):
+        folder.begin({"a": 1}, resume=True, contents=other)
+    folder.begin({"a": 1}, resume=True, contents=other, may_change=["held-out rows"])
+    assert "the held-out rows have changed" in caplog.text
+
+
+def test_a_run_of_an_earlier_version_which_has_no_hashes_goes_on(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin({"a": 1})
+    folder.begin({"a": 1}, resume=True, contents={"training rows": "1"})
+
+
 def division(devices, micro, passes):
     return {
         "groups_of_devices": devices,
