@@ -349,6 +349,7 @@ def _string(text: str) -> bytes:
 
 
 PARTS = ("rows", "blocks", "old", "new")  # of a change in that file
+CHECKSUM = "sha256"  # of everything else in that file
 
 
 @dataclass
@@ -385,6 +386,8 @@ class Kept:
             return None
         try:
             found = load(read_bytes(beside, MAX_TENSORS))
+            if found.pop(CHECKSUM).tobytes() != _checksum(found):
+                raise ValueError("its bytes are not those that were written")
             changes = [
                 Change(*place, *(found[f"{number}.{part}"] for part in PARTS))
                 for number, place in enumerate(found["places"].tolist())
@@ -404,6 +407,7 @@ class Kept:
             }
             for number, change in enumerate(self.changes):
                 tensors |= {f"{number}.{part}": numpy.ascontiguousarray(getattr(change, part)) for part in PARTS}
+            tensors[CHECKSUM] = numpy.frombuffer(_checksum(tensors), numpy.uint8)
             replace_file(earlier, save(tensors))
             os.utime(earlier, ns=2 * (self.path.stat().st_mtime_ns,))  # the file's own time, see _in_file
 
@@ -438,6 +442,15 @@ class Kept:
         names = [_earlier(self.path, self.digest), self.path.with_name(self.path.name + PATCHED)]
         os.replace(*(names if is_in_file else reversed(names)))
         _synchronize(self.path.parent)
+
+
+def _checksum(tensors: dict[str, numpy.ndarray]) -> bytes:
+    """The SHA-256 of the names, types, shapes and values of tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype.str} {tensor.shape}\n".encode())
+        found.update(numpy.ascontiguousarray(tensor).data)
+    return found.digest()
 
 
 def _earlier(path: Path, digest: str) -> Path:
@@ -545,10 +558,17 @@ def undo(file: str | Path) -> str:
         if kept is None:
             raise ValueError(f"{path} is not patched: there is no {path.name}{PATCHED}")
         whole = kept.is_whole(data)
+        beside = kept.path.with_name(kept.path.name + PATCHED)
+        is_changed = path.stat().st_mtime_ns != beside.stat().st_mtime_ns  # see _in_file
         _undo(kept, data, flush)
-        return f"{'' if whole else 'parts of '}adapter {kept.adapter!r}"
+        size = sum(change.old.nbytes for change in kept.changes)
+        replaced = f"{'' if whole else 'parts of '}adapter {kept.adapter!r}"
+        said = f"{path}: {size:,} bytes are the base's again, in place of {replaced}"
+        if is_changed:
+            said += "; the file was written to since the last switch, and what has changed elsewhere in it stays"
+        return said
 
-    return f"{path}: the base's bytes are back in place of {_in_file(path, restore)}"
+    return _in_file(path, restore)
 
 
 def state(file: str | Path) -> str:

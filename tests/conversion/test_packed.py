@@ -220,6 +220,46 @@ def test_what_an_earlier_switch_has_left_may_be_damaged_or_of_a_longer_file(smal
         patch(copy, math)
 
 
+def flip(path, number):
+    """Flip one bit of the values of a file of safetensors, and keep its time."""
+    content, time = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + number * (len(content) - start) // 50] ^= 1 << number % 8
+    path.write_bytes(content), os.utime(path, ns=(time, time))
+
+
+def test_a_bit_that_flips_in_what_is_kept_of_the_base_is_never_written(small, copy):
+    patch(copy, small[1])
+    kept, before = copy.with_name(copy.name + PATCHED), digest(copy)
+    for number in range(50):
+        flip(kept, number)
+        for act in (undo, state, lambda path: patch(path, small[2])):
+            with pytest.raises(ValueError, match="truncated or damaged"):
+                act(copy)
+        flip(kept, number)
+        assert digest(copy) == before
+    undo(copy)
+    assert digest(copy) == digest(small[0])
+
+
+def test_a_bit_that_flips_in_kept_blocks_is_never_written(small, copy):
+    patch(copy, small[1])
+    once = digest(copy)
+    for number in (0, 17, 33, 49):
+        undo(copy)
+        flip(next(copy.parent.glob("*.s2ft-blocks-*")), number)
+        patch(copy, small[1])
+        assert digest(copy) == once
+
+
+def test_an_undo_says_that_bytes_elsewhere_have_changed_and_stay(small, copy):
+    patch(copy, small[1])
+    assert undo(copy).endswith("bytes are the base's again, in place of adapter 'math'")
+    patch(copy, small[1])
+    copy.write_bytes(copy.read_bytes()[:-4] + b"else"), os.utime(copy, (0, 0))  # in a weight that no adapter changes
+    assert "what has changed elsewhere in it stays" in undo(copy) and copy.read_bytes().endswith(b"else")
+
+
 def test_a_file_of_another_user_that_may_be_written_is_not_in_use(small, copy, monkeypatch):
     def refuse(*arguments):
         raise PermissionError(errno.EACCES, "only the owner may have a lease")
