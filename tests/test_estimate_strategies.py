@@ -91,9 +91,17 @@ def test_the_smallest_number_of_devices_fits_and_one_fewer_does_not(strategy, fe
 # ---- refused -------------------------------------------------------------------------------------------
 
 
-def tensor_parallel(case):
+def tensor_parallel(case, plan=None):
+    """Estimate two tensor-parallel devices, with rules that are added to the plan of transformers."""
     config = S2FTConfig(**ratios_for(case, ALL_RATIOS))
-    return lambda: s2ft.estimate(model_of(case), config, 2, 9, strategy="tp", devices=2)
+
+    def estimated():
+        model = model_of(case)
+        if plan:
+            model.tp_plan = {**model.tp_plan, **plan}
+        return s2ft.estimate(model, config, 2, 9, strategy="tp", devices=2)
+
+    return estimated
 
 
 REFUSED = [
@@ -113,7 +121,16 @@ REFUSED = [
     (lambda: Strategy("fsdp2", reshard_after_forward=1), TypeError, "reshard_after_forward must be True or False"),
     (lambda: Strategy("zero2", reduce_bucket_size=0), ValueError, "reduce_bucket_size must be a whole number of at"),
     (tensor_parallel("gpt2"), ValueError, "GPT2LMHeadModel has no plan for tensor parallelism"),
-    (tensor_parallel("mixtral"), ValueError, "is split by .*, which s2ft can't count"),
+    (
+        tensor_parallel("mixtral", {"model.layers.*.mlp.experts": "moe_tp_experts"}),
+        ValueError,
+        "mlp.experts is split by 'moe_tp_experts' in transformers' plan, which s2ft can't count",
+    ),
+    (
+        tensor_parallel("mixtral", {"model.layers.*.mlp.experts.down_proj": "rowwise"}),
+        ValueError,
+        "mlp.experts.down_proj is split by 'rowwise' in transformers' plan, which s2ft can't count",
+    ),
 ]
 
 

@@ -128,11 +128,11 @@ def estimate(
     place, kernels, notes = _place(model, device)
     if config.units is None and config.selection != "random":
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
+    if strategy is not None and strategy.is_tensor_parallel:
+        check_plan(model)
     on_cpu = torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()  # meta has no data
     with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), on_cpu:
         shadow, record = make_shadow(model, config, dtype, couplings, example)
-        if strategy is not None and strategy.is_tensor_parallel:
-            check_plan(shadow)
         forget_data(shadow, record, kernels, gradient_checkpointing)
         inputs = made_inputs(shadow, cast(int, batch), length, logits, kernels) if example is None else example
         if use_cache is not None and isinstance(inputs, dict) and "use_cache" in signature(shadow.forward).parameters:

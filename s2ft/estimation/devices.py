@@ -340,7 +340,8 @@ def on_devices(
     tensor = (strategy.tp_size or devices) if strategy.is_tensor_parallel else 1
     _check_heads(model, tensor)
     shards = devices // tensor
-    split = [_split(part, divided[part.name], tensor) for part in one.parts]
+    whole = _whole_bytes(model, [part.name for part in one.parts])
+    split = [_split(part, whole[part.name], divided[part.name], tensor) for part in one.parts]
     note = f"{strategy.name} is counted by formulas, the peak within about 10 %"
     parts = [_shard(part, strategy, shards) for part in split]
     found = replace(one, parts=parts, strategy=strategy.name, devices=devices, notes=(*one.notes, note))
@@ -353,10 +354,30 @@ def on_devices(
     return replace(found, peak=peak, host=host, communication=buffers)
 
 
-def _split(part: MemoryPart, divided: int, tensor: int) -> MemoryPart:
-    """Divide a part by tensor parallelism. Every device has the whole of s2, with its gradient and state."""
-    deltas = part.gradients
-    weights = (part.parameters - deltas) // tensor + deltas
+def _whole_bytes(model: nn.Module, parts: list[str]) -> dict[str, int]:
+    """Return the bytes of each part's frozen weights that transformers' plan leaves whole, such as norms and experts."""
+    whole = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        if parameter.requires_grad or _style(model, module) in (*DIVIDES, *GATHERS):
+            continue
+        inside = [part for part in parts if module == part or module.startswith(part + ".")]
+        if inside:
+            whole[max(inside, key=len)] += parameter.nbytes
+    return whole
+
+
+def _split(part: MemoryPart, whole: int, divided: int, tensor: int) -> MemoryPart:
+    """Divide a part by tensor parallelism. Every device has the whole of s2, with its gradient and state.
+
+    Args:
+        part: The part on one device.
+        whole: Bytes of its frozen weights that every device has.
+        divided: Bytes of what it keeps for the backward that the devices share.
+        tensor: Number of devices that share a weight.
+    """
+    shared = part.parameters - part.gradients - whole
+    weights = part.gradients + whole + shared // tensor
     return replace(part, parameters=weights, kept=part.kept - divided + divided // tensor)
 
 
@@ -424,7 +445,12 @@ def check_plan(model: nn.Module) -> None:
     if not getattr(model, "tp_plan", None):
         raise ValueError(f"{type(model).__name__} has no plan for tensor parallelism in transformers")
     for name, _ in model.named_modules():
-        if (style := _style(model, name)) not in (*DIVIDES, *GATHERS, *WHOLE):
+        style = _style(model, name)
+        if style not in (*DIVIDES, *GATHERS, *WHOLE):
+            raise ValueError(f"{name} is split by {style!r} in transformers' plan, which s2ft can't count")
+    for name, _ in model.named_parameters():  # a plan names weights where several lie in one module, such as experts
+        style = _style(model, name)
+        if style not in WHOLE:
             raise ValueError(f"{name} is split by {style!r} in transformers' plan, which s2ft can't count")
 
 

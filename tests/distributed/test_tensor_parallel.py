@@ -240,7 +240,12 @@ def refused(rank, folder, way):
     """The message, and whether the model is as it was."""
     from transformers.distributed import DistributedConfig
 
-    options = DistributedConfig(pp_size=2) if way == "pipeline" else DistributedConfig(tp_size=2)
+    if way == "pipeline":
+        options = DistributedConfig(pp_size=2)
+    elif way == "experts":  # tensor parallelism alone leaves them whole since transformers 5.25
+        options = DistributedConfig(tp_size=2, ep_size=2)
+    else:
+        options = DistributedConfig(tp_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=options)
     if way == "plain shards":  # as older releases of transformers split
         for module in model.modules():
@@ -262,9 +267,35 @@ def refused(rank, folder, way):
         ("llama", "pipeline", "pipeline stages"),
         ("llama", "plain shards", "update transformers"),
         ("llama", "another forward", "has replaced its forward"),
-        ("mixtral", "experts", "experts that are split by tensor or expert parallelism"),
+        ("qwen3-moe", "experts", "experts that are split by tensor or expert parallelism"),
     ],
 )
 def test_refused_before_anything_changes(ranks, tmp_path, case, way, words):
     model_of(case).save_pretrained(tmp_path)
     assert all(words in message and is_same for message, is_same in ranks(refused, tmp_path, way))
+
+
+# ---- what a rank has -------------------------------------------------------------------------------------
+
+
+def bytes_of_rank(rank, folder):
+    """Bytes of the weights and deltas that this rank has after attach, and of the deltas alone."""
+    model = load(folder)
+    s2ft.attach(model, EXPERTS_TOO)
+    local = [(p.to_local() if hasattr(p, "to_local") else p, p.requires_grad) for p in model.parameters()]
+    return sum(p.nbytes for p, _ in local), sum(p.nbytes for p, trained in local if trained)
+
+
+EXPERTS_TOO = s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.25)
+
+
+def test_the_estimate_counts_the_bytes_that_two_ranks_have(ranks, tmp_path):
+    """Experts that the plan leaves whole are on every rank. Kept values of the base are no parameters."""
+    model = model_of("mixtral")
+    if "moe_tp_experts" in model.tp_plan.values():
+        pytest.skip("before transformers 5.25 tensor parallelism splits experts, which attach and estimate refuse")
+    model.save_pretrained(tmp_path)
+    found = s2ft.estimate(model, EXPERTS_TOO, 2, 9, strategy="tp", devices=2, device="cpu")
+    for parameters, trained in ranks(bytes_of_rank, tmp_path):
+        assert found.gradients == trained
+        assert found.parameters == pytest.approx(parameters, rel=0.05)
