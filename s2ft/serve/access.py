@@ -19,6 +19,8 @@ QUIET = ("/health", "/metrics")  # routes that are not logged if they succeed, s
 RECORD = "s2ft_record"  # key in the ASGI scope
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COARSE = (0.1, 0.5, 1, 2.5, 10, 60, 300)  # by model: there may be hundreds of them
+MOST_COUNTED = 1000  # models with counters of their own, those included that are no longer served
+OTHERS = "(others)"  # counts all further models together
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._counted: set[str] = set()
         kind = dict(registry=self.registry)
         self.requests = Counter(
             "s2ft_requests", "Requests by route and status; 499: the client disconnected", ["route", "status"], **kind
@@ -90,10 +93,17 @@ class Metrics:
         self.requests.labels(route, str(record.status)).inc()
         self.latency.labels(route).observe(seconds)
         if record.model is not None:
-            self.model_requests.labels(record.model, str(record.status)).inc()
-            self.prompt_tokens.labels(record.model).inc(record.prompt_tokens)
-            self.generated_tokens.labels(record.model).inc(record.generated_tokens)
-            self.model_latency.labels(record.model).observe(seconds)
+            model = self._label(record.model)
+            self.model_requests.labels(model, str(record.status)).inc()
+            self.prompt_tokens.labels(model).inc(record.prompt_tokens)
+            self.generated_tokens.labels(model).inc(record.generated_tokens)
+            self.model_latency.labels(model).observe(seconds)
+
+    def _label(self, model: str) -> str:
+        """Return the name under which a model is counted. Clients load adapters under names without end."""
+        if len(self._counted) < MOST_COUNTED:
+            self._counted.add(model)
+        return model if model in self._counted else OTHERS
 
 
 class Access:

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import httpx
 import openai
+import prometheus_client
 import pytest
 import torch
 from serve.fleet import BASE, alone, eventually, running, save_adapters, text_of
-from support.inside import Sampler, native
+from support.inside import Sampler, access, native
 from support.states import flip
 from train.tiny import UNTIED, tiny_model, tiny_tokenizer
 
@@ -360,6 +361,17 @@ def test_counters_have_the_name_of_the_model(server):
         post(server, "/v1/completions", {**GOOD, "model": model})
     eventually(lambda: {line: value_of(server, line) - before[line] for line in lines} == lines, "the counters")
     assert "nobody" not in httpx.get(f"{server[0]}/metrics").text and value_of(server, "s2ft_adapters") == 3
+
+
+def test_adapters_loaded_under_ever_new_names_do_not_fill_the_memory_with_counters(monkeypatch):
+    monkeypatch.setattr(access, "MOST_COUNTED", 2)
+    metrics = access.Metrics()
+    for name in ("a", "b", "c", "d", "a"):
+        record = access.RequestRecord("id", model=name, generated_tokens=2, status=200)
+        metrics.count("/v1/completions", record, seconds=0.1)
+    text = prometheus_client.generate_latest(metrics.registry).decode()
+    counted = dict(re.findall(r's2ft_generated_tokens_total\{model="(.*)"\} (.*)', text))
+    assert counted == {"a": "4.0", "b": "2.0", "(others)": "4.0"}
 
 
 def lines_of(caplog, count):

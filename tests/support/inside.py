@@ -74,7 +74,7 @@ MODULES = {
     "selection": "ALLOCATIONS metrics select:select_units unit_parameters",
     "selection.batches": "Calibration",
     "selection.metrics": "METRICS Request shared_by_producers",
-    "serve": "server",
+    "serve": "access server",
     "serve.engine": "Engine Job",
     "serve.schemas": "ApiError",
     "serve.server_options": "ServerOptions",
