@@ -7,6 +7,7 @@ without its number, and makes 7 of 007.
 """
 
 import atexit
+import contextlib
 import functools
 import glob
 import itertools
@@ -37,6 +38,8 @@ INFOS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes be
 SAVED = "state.json"  # in the folder of one split that `datasets` has saved
 BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's configurations use as `path`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+SCRATCH = "s2ft-data-"  # how the names of temporary folders begin
+IN_USE = "in-use"  # a file in such a folder, which its process holds locked
 OTHERS = {  # endings of files that are not read, and what to do
     ".txt": 'is plain text: write JSON lines such as {"text": "..."}',
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet: save it as CSV"),
@@ -314,18 +317,42 @@ def _hub(path: str, *name: str | None, **options: Any) -> Rows:
 # ---- temporary files ------------------------------------------------------------------------------------
 
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, so the folders of killed processes stay there
+    fcntl = None  # type: ignore[assignment]
+
+
 @functools.cache
 def scratch_folder() -> Path:
     """Return the temporary folder of this process and of those that it forks. TMPDIR moves it.
+
+    The first call removes the folders of processes that were killed, which could not remove their own.
 
     Example:
         >>> from s2ft.text.data.sources import scratch_folder
         >>> scratch_folder().is_dir()
         True
     """
-    folder = Path(tempfile.mkdtemp(prefix="s2ft-data-"))
+    _remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=SCRATCH))
     atexit.register(_remove, folder, os.getpid())
+    # The lock gets its name when it is held, so that nobody finds it free before. It stays open until the process ends.
+    if fcntl is not None:
+        lock = os.open(folder / "new", os.O_CREAT | os.O_RDWR)
+        with contextlib.suppress(OSError):  # a file system without locks, where folders of killed processes stay too
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "new").rename(folder / IN_USE)
     return folder
+
+
+def _remove_abandoned() -> None:
+    if fcntl is None:
+        return
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{IN_USE}"):
+        with contextlib.suppress(OSError), path.open("r+") as lock:  # suppressed: in use, or of another user
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _remove(folder: Path, process: int) -> None:
