@@ -23,6 +23,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import s2ft
 from s2ft.attached.bank import AdapterBank
@@ -40,6 +41,7 @@ from s2ft.text.encoding import UNLIMITED
 logger = logging.getLogger(__name__)
 KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
 SHUTDOWN = 10  # seconds to finish running requests after SIGTERM or SIGINT
+HEADER_TIME = 10  # seconds in which the header of a request must have arrived; --timeout is for the body
 MOST_CONNECTIONS = 2048
 
 
@@ -206,19 +208,67 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def config_of(app: FastAPI) -> uvicorn.Config:
-    """Return uvicorn's options. At most half of the process's file descriptors are for connections."""
+    """Return uvicorn's options. Half of the process's file descriptors are for connections.
+
+    A server without descriptors accepts nobody, and asyncio logs that thousands of times a second.
+    """
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         descriptors = 4 * MOST_CONNECTIONS
     return uvicorn.Config(
         app,
-        limit_concurrency=min(descriptors // 2, MOST_CONNECTIONS),  # the others get status 503
+        http=partial(Connection, most=min(descriptors // 2, MOST_CONNECTIONS)),
+        backlog=min(descriptors // 4, MOST_CONNECTIONS),  # asyncio accepts so many before the first of them is counted
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=SHUTDOWN,
     )
+
+
+class Connection(H11Protocol):
+    """A connection of uvicorn, with a time limit for the header of a request, and a limit of their number.
+
+    uvicorn has neither: its `limit_concurrency` refuses complete requests only, and `timeout_keep_alive` begins after
+    the first answer. Clients that never complete a header, and need no key for that, would keep all others out.
+    """
+
+    def __init__(self, *args, most: int, **options) -> None:
+        super().__init__(*args, **options)
+        self._most = most
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        """Begin the time for the first header, or close the connection if there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self._most:
+            transport.abort()
+            return
+        self._limit_header()
+
+    def connection_lost(self, exc) -> None:
+        """End the time for a header."""
+        super().connection_lost(exc)
+        self._end_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
+        super().data_received(data)
+        self._limit_header()
+
+    def _limit_header(self) -> None:
+        """Begin the time for a header if one is awaited, and end it if the header is complete."""
+        awaits_header = self.cycle is None or self.cycle.response_complete
+        if not awaits_header:
+            self._end_timer()
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(HEADER_TIME, self.transport.abort)
+
+    def _end_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
 
 
 # ---- the routes ----------------------------------------------------------------------------------------

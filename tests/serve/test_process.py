@@ -80,10 +80,33 @@ def test_an_address_in_use_is_an_error(model, capsys):
     assert "in use" in capsys.readouterr().err
 
 
-def test_connections_are_limited(monkeypatch):
+def test_clients_that_hold_half_a_header_keep_nobody_out_and_connections_are_limited(monkeypatch):
+    monkeypatch.setattr(server, "HEADER_TIME", 1)
     monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
     with running(None) as (url, _), ExitStack() as opened:
         address = url.removeprefix("http://").split(":")
-        for _ in range(2):
-            opened.enter_context(socket.create_connection(address, timeout=30))
-        assert httpx.get(f"{url}/health").status_code == 503
+        with httpx.Client() as client:  # a connection that is kept
+            assert client.get(f"{url}/health").status_code == 200
+            slow = [opened.enter_context(socket.create_connection(address, timeout=30)) for _ in range(4)]
+            slow[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-")
+            for connection in reversed(slow):  # two of them are closed at once, the others when their time has passed
+                with suppress(ConnectionResetError):
+                    assert connection.recv(1) == b""
+            assert client.get(f"{url}/health").status_code == 200
+
+
+def test_half_of_the_second_header_of_a_connection_has_a_time_limit_too(monkeypatch):
+    monkeypatch.setattr(server, "HEADER_TIME", 1)
+    with running(None) as (url, _), socket.create_connection(url.removeprefix("http://").split(":"), 30) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        client.sendall(b"GET /health HTTP/1.1\r\nX-")
+        with suppress(ConnectionResetError):
+            while client.recv(1 << 16):
+                pass
+
+
+def test_descriptors_are_left_for_what_is_accepted_and_for_files(monkeypatch):
+    monkeypatch.setattr(server.resource, "getrlimit", lambda which: (128, 128))
+    config = server.config_of(None)
+    assert config.http.keywords["most"] + config.backlog <= 128 * 3 // 4
