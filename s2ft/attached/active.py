@@ -45,7 +45,7 @@ from s2ft.layers.base import write_all
 from s2ft.model.coupling import Coupling, Projection, check_parameter_name, projections_of
 from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
-from s2ft.ops.in_place import WRITING, check_private, give_own_memory
+from s2ft.ops.in_place import WRITING, check_private, give_own_memory, is_being_captured
 from s2ft.selection import unit_tensors
 
 logger = logging.getLogger(__name__)
@@ -328,23 +328,55 @@ def _check_apart(record: Record, units: dict[str, Tensor]) -> None:
 
 
 @torch.compiler.disable
-def write_changed_layers(model: nn.Module, record: Record) -> None:
+def write_changed_layers(model: nn.Module, record: Record) -> list[Any]:
     """Write base + s2 into every weight that holds other values of s2. Every rank of a sharded model must call this.
 
     Args:
         model: A model, outside of its forward.
         record: Its record.
+
+    Returns:
+        The layers (S2Layer) that were written.
     """
     if record.awaits_weights or not record.trains:
-        return
+        return []
+    layers = [mounted.layer for mounted in record.mounts.values() if mounted.layer.kind.read_only is None]
+    layers = [layer for layer in layers if layer.enabled]
     # Code that writes into `s2.data` changes no version. So a model that may train is written always, which takes less
-    # than 1 % of its step. What is spread over ranks has to be gathered for that.
-    may_train = torch.is_grad_enabled()
-    layers = (mounted.layer for mounted in record.mounts.values() if mounted.layer.kind.read_only is None)
-    changed = [one for one in layers if one.enabled and (not one.is_surely_held or may_train and not one.is_managed)]
+    # than 1 % of its step. A replay of a CUDA graph does not run this function, so that its graph writes always too.
+    # What is spread over ranks has to be gathered for that.
+    writes_always = torch.is_grad_enabled() or is_in_capture(layers)
+    changed = [layer for layer in layers if not layer.is_surely_held or writes_always and not layer.is_managed]
     if changed:
         reshard_all(model)
         write_all(changed)
+    return changed
+
+
+def is_in_capture(layers: list[Any]) -> bool:
+    """Whether the forward of a model with these layers is being captured in a CUDA graph."""
+    return bool(layers) and is_being_captured(layers[0].weight)  # a model that is captured is on one GPU
+
+
+def write_once_in_graph(model: nn.Module, layers: list[Any]) -> None:
+    """Keep layers from writing their slices again in a forward that is being captured in a CUDA graph.
+
+    Every write would be in each replay. A layer that runs outside of this forward writes its own.
+
+    Args:
+        model: A model at the beginning of its forward.
+        layers: Its layers (S2Layer) that :func:`write_changed_layers` has written in this capture.
+    """
+    written = [layer for layer in layers if not layer.is_managed]
+    for layer in written:
+        layer.is_written_in_graph = True
+
+    def end(*_: Any) -> None:
+        hook.remove()
+        for layer in written:
+            layer.is_written_in_graph = False
+
+    hook = model.register_forward_hook(end, always_call=True)
 
 
 # ---- without the trainable adapter, in the middle of its training ----------------------------------------------

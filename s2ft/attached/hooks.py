@@ -56,12 +56,14 @@ from s2ft.adapter.folders import write_card
 from s2ft.attached.active import (
     extra_parameters,
     full_copies,
+    is_in_capture,
     keep_base_before_forward,
     keep_base_of_unfrozen,
     place_loaded,
     set_extra,
     set_trained,
     write_changed_layers,
+    write_once_in_graph,
 )
 from s2ft.attached.record import (
     Mount,
@@ -767,8 +769,11 @@ def before_forward(model: Any, *_: Any) -> None:
         )
     if torch.is_grad_enabled() and record.snapshot is None:  # a proof unfreezes weights for its time
         keep_base_before_forward(model, record)
-    if not is_gathered:  # else layers compute with copies, this once
-        write_changed_layers(model, record)
+    if is_gathered:
+        return  # layers compute with copies, this once
+    written = write_changed_layers(model, record)
+    if is_in_capture(written):
+        write_once_in_graph(model, written)
 
 
 _attached_models: WeakSet[nn.Module] = WeakSet()

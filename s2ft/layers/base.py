@@ -89,13 +89,12 @@ def wait_for_write(weight: Tensor) -> None:
     """Let the present stream wait for the last write, if another stream has done it. The host does not wait.
 
     A pipeline runs a layer for the first part of a batch on one stream, where the slice is written, and for the next
-    part on another. A stream that is being captured can't wait for work outside the graph.
+    part on another. A stream that is being captured can't wait for work outside the graph, so this must not be called.
     """
-    if not torch.cuda.is_current_stream_capturing():
-        stream = torch.cuda.current_stream(weight.device)
-        last = _last_writes.get(stream.device_index)
-        if last is not None and last[0] != stream:
-            stream.wait_event(last[1])
+    stream = torch.cuda.current_stream(weight.device)
+    last = _last_writes.get(stream.device_index)
+    if last is not None and last[0] != stream:
+        stream.wait_event(last[1])
 
 
 @cache  # once a process
@@ -167,6 +166,8 @@ class S2Layer(nn.Module):
         kinds: The kind of the plain layer, and that of one whose weight is stored as [inputs, outputs].
         transposed: Whether the weight is stored so.
         rounding: What the base's file can hold of the selected units; None: all of base + s2.
+        is_written_in_graph: Whether the CUDA graph that is being captured writes the slice already, so that the forward
+            need not add a second write to each replay.
     """
 
     dim: ClassVar[int]
@@ -183,6 +184,7 @@ class S2Layer(nn.Module):
     _may_have_changed = False  # whether s2 may have been changed since in a way that its stamp does not tell
     _base_of = 0  # id of the weight that `base` belongs to
     _whole: Any = None  # memory of the weight that this layer was made on, or wrote last
+    is_written_in_graph = False
     is_on_trial = False  # whether the weight requires a gradient to find code that reads it past this layer
     awaits_order = False  # whether the units of the weight must be reordered before this layer may run
     first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
@@ -335,21 +337,17 @@ class S2Layer(nn.Module):
         """
         if self.awaits_order or weight.requires_grad or s2.dtype is not self._made:
             self._check(weight, s2)
-        # A replay does not run this function, so a graph writes the slice at every replay.
-        is_captured = weight.is_cuda and is_being_captured(weight)
+        # A replay does not run this function, so a graph writes the slice at every replay: once, if the model has.
+        is_captured = is_being_captured(weight)
+        goes_into_graph = is_captured and not self.is_written_in_graph and not isinstance(self.base, list)
         is_held = self.is_held(weight, s2)
         if is_held and self._may_have_changed and not is_captured and isinstance(self.base, Tensor):
             self._write_again(weight)
-        elif not is_held or self._may_have_changed or is_captured and not isinstance(self.base, list):
+        elif not is_held or self._may_have_changed or goes_into_graph:
             if self._may_be_gathered(weight, s2):
                 return False
-            if is_captured and self.base is None:
-                raise RuntimeError(
-                    "a layer keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it again "
-                    "at every replay: run the model once before you capture it"
-                )
             write_all([self])
-        if weight.is_cuda:
+        if weight.is_cuda and not is_captured:
             wait_for_write(weight)
         return True
 
@@ -477,6 +475,11 @@ class S2Layer(nn.Module):
     def _keep_base(self, weight: Tensor, s2: Tensor, stamps: tuple) -> None:
         """Keep the base's values of a whole weight. If other values were loaded into it since, keep those."""
         if self.base is None:
+            if is_being_captured(weight):
+                raise RuntimeError(
+                    "a layer keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it again "
+                    "at every replay, base + s2 then: run the model once before you capture it"
+                )
             self.base = self._units(weight).clone(memory_format=torch.contiguous_format)
         elif self._written is not None and self._written[1] != stamps[1]:
             now = self._units(weight)
@@ -700,7 +703,7 @@ class S2Layer(nn.Module):
     # ---- copies and states -----------------------------------------------------------------------
 
     # What a copy finds out by itself
-    _FORGOTTEN = {"_looked_at": None, "_written": None, "_is_current": False, "_whole": None}
+    _FORGOTTEN = {"_looked_at": None, "_written": None, "_is_current": False, "_whole": None, "is_written_in_graph": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "S2Layer":
         made = memo[id(self)] = type(self).__new__(type(self))
