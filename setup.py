@@ -9,8 +9,9 @@ S2FT_BUILD selects the kernels:
   none  no compiled kernels
 The build also reads CUDA_HOME, MAX_JOBS, CXX, CXXFLAGS, LDFLAGS and TORCH_CUDA_ARCH_LIST; nvcc reads NVCC_APPEND_FLAGS.
 Without CUDA_HOME, nvcc is taken from PATH, from this Python's packages (nvidia-cuda-nvcc) or from /usr/local/cuda. By
-default the architectures are those among 7.5;8.0;9.0;10.0;12.0 that nvcc knows, those of this machine's GPUs, and PTX
-of the highest one.
+default the architectures are those among 7.5;8.0;9.0;10.0+PTX;12.0 that nvcc knows, those of this machine's GPUs, and
+PTX of the highest one. TORCH_CUDA_ARCH_LIST may have PyTorch's names, such as Hopper; what is older than 7.5, as in the
+lists of many containers, is left out.
 
 The module uses Python's limited API, so that one build serves every Python from 3.10 on: a wheel has the tag
 cp310-abi3. Free-threaded Python has no limited API, and gets a build for its own version.
@@ -36,6 +37,21 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cuda", "cpu", "none")
 DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.0 and all later 8.x
+OLDEST_ARCH = 7.5  # the kernels use instructions of its tensor cores
+# PyTorch's names in TORCH_CUDA_ARCH_LIST, as in torch.utils.cpp_extension
+NAMED_ARCHS = {
+    "Kepler": "3.5",
+    "Maxwell": "5.2",
+    "Pascal": "6.0;6.1",
+    "Volta": "7.0",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
 PYTHON_FLOOR = "cp310"
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 TORCH_FLOOR = (2, 11)
@@ -145,22 +161,38 @@ def default_archs(home):
         f"{code[:-1]}.{code[-1]}" for code in re.findall(r"^sm_(\d+)$", nvcc_output(home, "--list-gpu-code"), re.M)
     }
     archs = sorted({*DEFAULT_ARCHS, *visible_archs()}, key=lambda arch: tuple(map(int, arch.split("."))))
-    archs = [arch for arch in archs if float(arch) >= 7.5 and (arch in known or not known)]  # the kernels need 7.5
-    return [*archs[:-1], f"{archs[-1]}+PTX"]
+    archs = [arch for arch in archs if float(arch) >= OLDEST_ARCH and (arch in known or not known)]
+    with_ptx = ("10.0", archs[-1])  # the driver makes code for 11.0 of that for 10.0, and for later GPUs of the highest
+    return [f"{arch}+PTX" if arch in with_ptx else arch for arch in archs]
 
 
 def cuda_archs(home):
     """The architectures in TORCH_CUDA_ARCH_LIST, or the default ones, such as ["8.0", "9.0", "10.0+PTX"].
 
     Raises:
-        ValueError: TORCH_CUDA_ARCH_LIST has an entry that is not a compute capability.
+        ValueError: TORCH_CUDA_ARCH_LIST has an entry that is no compute capability and no name of PyTorch, or only
+            GPUs that are too old.
     """
-    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
-    archs = [name for name in names.split(";") if name] or default_archs(home)
-    wrong = [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]
-    if wrong:
-        raise ValueError(f"TORCH_CUDA_ARCH_LIST: {wrong[0]!r} is no compute capability such as 9.0 or 10.0+PTX")
-    return archs
+    listed = re.split("[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, "))
+    if listed in ([""], ["native"]):
+        return default_archs(home)
+    archs = [arch for entry in listed for arch in NAMED_ARCHS.get(entry, entry).split(";")]
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            names = ", ".join(NAMED_ARCHS)
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST: {arch!r} is no compute capability such as 9.0 or 10.0+PTX, and none of {names}"
+            )
+    too_old = [arch for arch in archs if float(re.match(r"\d+\.\d", arch)[0]) < OLDEST_ARCH]
+    if len(too_old) == len(archs):
+        raise ValueError(
+            f"TORCH_CUDA_ARCH_LIST has {', '.join(archs)}, and the CUDA kernels need {OLDEST_ARCH} or later"
+        )
+    if too_old:
+        print(
+            f"TORCH_CUDA_ARCH_LIST: {', '.join(too_old)} left out, the kernels need {OLDEST_ARCH} or later", flush=True
+        )
+    return list(dict.fromkeys(arch for arch in archs if arch not in too_old))
 
 
 def gencode(arch):
@@ -384,10 +416,11 @@ def build_ext_class():
     return BuildExt
 
 
-PLAN = Plan()
-commands, options = {"build_py": BuildPy}, {}
-if PLAN.cpp:
-    commands["build_ext"] = build_ext_class()
-    if LIMITED_API:
-        options["bdist_wheel"] = {"py_limited_api": PYTHON_FLOOR}
-setup(cmdclass=commands, ext_modules=[extension()] if PLAN.cpp else [], options=options)
+if __name__ == "__main__":  # bench/gpu/kernel_driver.py asks the functions for the toolkit
+    PLAN = Plan()
+    commands, options = {"build_py": BuildPy}, {}
+    if PLAN.cpp:
+        commands["build_ext"] = build_ext_class()
+        if LIMITED_API:
+            options["bdist_wheel"] = {"py_limited_api": PYTHON_FLOOR}
+    setup(cmdclass=commands, ext_modules=[extension()] if PLAN.cpp else [], options=options)

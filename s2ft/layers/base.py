@@ -703,7 +703,13 @@ class S2Layer(nn.Module):
     # ---- copies and states -----------------------------------------------------------------------
 
     # What a copy finds out by itself
-    _FORGOTTEN = {"_looked_at": None, "_written": None, "_is_current": False, "_whole": None, "is_written_in_graph": False}
+    _FORGOTTEN = {
+        "_looked_at": None,
+        "_written": None,
+        "_is_current": False,
+        "_whole": None,
+        "is_written_in_graph": False,
+    }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "S2Layer":
         made = memo[id(self)] = type(self).__new__(type(self))

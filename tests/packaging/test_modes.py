@@ -84,7 +84,7 @@ def of_setup(run_script, source, code, torch_cuda="13.0", check=True, **variable
     """Run `code` with the names of setup.py as `setup`, and a PyTorch with this CUDA version. Returns the process."""
     script = (
         f"import json, runpy, sys, torch; torch.version.cuda = {torch_cuda!r}; sys.argv[1:] = ['--name']\n"
-        f"setup = runpy.run_path('setup.py')\n{code}"
+        f"setup = runpy.run_path('setup.py', run_name='__main__')\n{code}"
     )
     return run_script(script, source, check, **variables)
 
@@ -130,14 +130,19 @@ ALL = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 @pytest.mark.parametrize(
     "codes, gpus, listed, expected",
     (
-        (ALL, [], None, ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
+        (ALL, [], None, ["7.5", "8.0", "9.0", "10.0+PTX", "12.0+PTX"]),  # 11.0 gets code of 10.0's PTX
         (ALL[:4], [], None, ["7.5", "8.0", "9.0+PTX"]),  # CUDA 12.6
         (ALL[:4], [(8, 6), (8, 0)], None, ["7.5", "8.0", "8.6", "9.0+PTX"]),
         (("sm_75", "sm_80", "sm_90"), [(12, 0)], None, ["7.5", "8.0", "9.0+PTX"]),
-        ((), [], None, ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),  # an nvcc that lists nothing
+        ((), [], None, ["7.5", "8.0", "9.0", "10.0+PTX", "12.0+PTX"]),  # an nvcc that lists nothing
         (ALL, [], "9.0", ["9.0"]),
         (ALL, [], "8.0, 9.0a;10.0f+PTX", ["8.0", "9.0a", "10.0f+PTX"]),
-        *((ALL, [], wrong, None) for wrong in ("8.0;Ampere", "90", "9.0+ptx")),
+        (ALL, [], "native", ["7.5", "8.0", "9.0", "10.0+PTX", "12.0+PTX"]),
+        # As in images of containers: GPUs that the kernels don't support, and PyTorch's names
+        (ALL, [], "5.2 6.0 6.1 7.0 7.5 8.0 8.6 9.0 10.0 12.0+PTX", ["7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX"]),
+        (ALL, [], "Volta;Ampere;Hopper", ["8.0", "8.6+PTX", "9.0+PTX"]),
+        (ALL, [], "Blackwell+Tegra;Hopper;9.0+PTX;", ["11.0", "9.0+PTX"]),
+        *((ALL, [], wrong, None) for wrong in ("8.0;Ampere+PTX", "hopper", "90", "9.0+ptx")),
     ),
 )
 def test_architectures(run_script, source, tmp_path, codes, gpus, listed, expected):
@@ -157,6 +162,15 @@ def test_architectures(run_script, source, tmp_path, codes, gpus, listed, expect
         assert "is no compute capability such as 9.0 or 10.0+PTX" in result.stderr
     else:
         assert json.loads(result.stdout.splitlines()[-1]) == expected
+
+
+def test_what_is_left_out_of_a_list_of_architectures_is_said(run_script, source, tmp_path):
+    code, home = "print(*setup['cuda_archs'](setup['PLAN'].home))", toolkit(tmp_path / "cuda")
+    result = of_setup(run_script, source, code, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="6.1;7.0+PTX;9.0")
+    said, archs = result.stdout.splitlines()[-2:]
+    assert "6.1, 7.0+PTX left out" in said and "need 7.5" in said and archs == "9.0"
+    old = of_setup(run_script, source, code, check=False, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="Volta")
+    assert old.returncode != 0 and "TORCH_CUDA_ARCH_LIST has 7.0, and the CUDA kernels need 7.5" in old.stderr
 
 
 def test_a_toolkit_with_a_runtime_is_preferred(run_script, source, tmp_path):
@@ -189,7 +203,7 @@ def test_nvcc_of_a_package_is_found(run_script, source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("listed", ("", "Ampere"))
+@pytest.mark.parametrize("listed", ("", "Fastest"))
 def test_auto_keeps_the_cpu_kernels_when_the_cuda_kernels_fail(run, source, tmp_path, listed):
     """They fail because nvcc fails, or because the list of architectures is wrong. A module that is there goes."""
     stale = source / "built" / "s2ft" / "_C.cpython-311-x86_64-linux-gnu.so"  # Python would prefer it
@@ -197,7 +211,7 @@ def test_auto_keeps_the_cpu_kernels_when_the_cuda_kernels_fail(run, source, tmp_
     stale.write_text("")
     as_cuda_pytorch = (
         "import runpy, sys, torch; torch.version.cuda = '13.0'; "
-        "sys.argv[1:] = ['-q', 'build', '--build-lib', 'built']; runpy.run_path('setup.py')"
+        "sys.argv[1:] = ['-q', 'build', '--build-lib', 'built']; runpy.run_path('setup.py', run_name='__main__')"
     )
     result = run(["-c", as_cuda_pytorch], cwd=source, CUDA_HOME=toolkit(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST=listed)
     assert "WARNING: s2ft is installed without CUDA kernels" in result.stderr
@@ -205,12 +219,17 @@ def test_auto_keeps_the_cpu_kernels_when_the_cuda_kernels_fail(run, source, tmp_
     info, _ = show(run, source)
     assert info["compiled"] is True and info["cuda"] is False and info["ops"]["permute_"] == ["CPU"]
     assert "compiling the CUDA kernels failed" in info["reason"] and info["cuda_reason"] in info["reason"]
-    assert ("'Ampere' is no compute capability" in info["reason"]) is bool(listed)
+    assert ("'Fastest' is no compute capability" in info["reason"]) is bool(listed)
 
 
 @pytest.mark.slow
 def test_cuda_with_a_wrong_list_of_architectures_is_an_error(run, source, tmp_path):
     result = build(
-        run, source, check=False, S2FT_BUILD="cuda", CUDA_HOME=toolkit(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST="Ampere"
+        run,
+        source,
+        check=False,
+        S2FT_BUILD="cuda",
+        CUDA_HOME=toolkit(tmp_path / "cuda"),
+        TORCH_CUDA_ARCH_LIST="Fastest",
     )
-    assert result.returncode != 0 and "S2FT_BUILD=cuda: TORCH_CUDA_ARCH_LIST: 'Ampere'" in result.stderr
+    assert result.returncode != 0 and "S2FT_BUILD=cuda: TORCH_CUDA_ARCH_LIST: 'Fastest'" in result.stderr
