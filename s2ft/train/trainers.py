@@ -1,6 +1,7 @@
 """The Trainers of s2ft sft, dpo and grpo: TRL's, with the loss, the batches and the checkpoints of s2ft."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -27,6 +28,8 @@ from s2ft.train.output import log_failure
 from s2ft.train.parallel import devices_of, loading_config, rows_of_update, run_where_weights_are, trains_whole_models
 from s2ft.train.trainer import AdapterCheckpoints
 
+logger = logging.getLogger(__name__)
+
 
 class RunMethods:
     """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged.
@@ -49,13 +52,17 @@ class RunMethods:
                 parameter.data = data.to(parameter.device)
 
     def restore_model(self) -> None:
-        """Give the model its own forward and the values of its configs back."""
+        """Give the model its own forward and the values of its configs back, and embeddings without noise."""
         self._inner.__dict__.pop("forward", None)
         if self._forward is not None:
             self._inner.forward = self._forward
         for config, values in self._before:
             vars(config).clear()
             vars(config).update(values)
+        noise = getattr(self, "neftune_hook_handle", None)
+        if noise is not None:  # transformers removes it after the last step, but not after an error
+            noise.remove()
+            self._inner.get_input_embeddings().__dict__.pop("neftune_noise_alpha", None)
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -77,6 +84,13 @@ class RunMethods:
             else SCHEDULES.get(name, {})
         )
         warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup > num_training_steps and self.is_world_process_zero():
+            logger.warning(
+                "warning: the warm-up has %d updates and the run %d, so that it never reaches its learning rate: "
+                "lower --warmup-steps",
+                warmup,
+                num_training_steps,
+            )
         skipped = 1 if warmup else 0
         schedule = get_scheduler(
             self.args.lr_scheduler_type,

@@ -13,6 +13,7 @@ from support.inside import (
     NEEDS,
     SCHEDULES,
     HeldOut,
+    JsonlLog,
     RunFolder,
     RunOptions,
     SFTArguments,
@@ -198,6 +199,15 @@ def test_the_model_and_the_tokenizer_are_as_before_after_a_run(changes, tmp_path
     assert tokenizer.pad_token is None and not hasattr(model.get_input_embeddings(), "neftune_noise_alpha")
 
 
+def test_noise_of_neftune_does_not_stay_in_the_model_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(JsonlLog, "on_log", Mock(side_effect=ZeroDivisionError))
+    model, folder = with_adapter(tiny_model(), CONFIG), RunFolder(tmp_path / "out")
+    folder.begin({})
+    with pytest.raises(ZeroDivisionError):
+        sft(model, tiny_tokenizer(), token_rows(), arguments_for(folder.path, neftune_noise_alpha=5.0), folder)
+    assert not model.get_input_embeddings()._forward_hooks
+
+
 def test_deltas_of_a_quantized_model_stay_float32(tmp_path):
     """TRL rounds all trained parameters of a model that is loaded in 4 or 8 bit to bfloat16."""
     model = tiny_model()
@@ -316,6 +326,13 @@ def test_warm_up_rises_in_equal_parts_to_the_learning_rate(whole, tmp_path):
         [2e-3, 4e-3, 6e-3, 8e-3, 1e-2]
     )  # a given warm-up is not shortened
     assert [rate for _, _, rate, _ in losses(whole[1])] == rates(tmp_path / "whole", "linear", 8)
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_said(tmp_path, caplog):
+    rates(tmp_path / "as-long", "linear", 4, warmup_steps=4)
+    assert "warm-up" not in caplog.text
+    rates(tmp_path / "longer", "linear", 3, warmup_steps=4)
+    assert "the warm-up has 4 updates and the run 3" in caplog.text
 
 
 def test_a_run_of_one_update_trains(tmp_path):
