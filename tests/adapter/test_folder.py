@@ -68,6 +68,20 @@ def test_a_writer_that_is_stopped_leaves_the_old_or_the_new(is_first, call, mome
     assert is_either(s2ft.read_adapter(tmp_path), adapters) == 1 and not (tmp_path / PENDING).exists()
 
 
+def test_a_reader_whose_files_are_replaced_meanwhile_gets_one_adapter_whole(adapters, tmp_path, monkeypatch):
+    native.write(adapters[0], tmp_path)
+    read_bytes, later = native.read_bytes, [adapters[1], adapters[0]]
+
+    def replaced_after_the_config(path, limit):
+        content = read_bytes(path, limit)
+        if later and path.name == CONFIG:
+            native.write(later.pop(0), tmp_path)
+        return content
+
+    monkeypatch.setattr(native, "read_bytes", replaced_after_the_config)
+    assert is_either(s2ft.read_adapter(tmp_path), adapters) == 0 and not later
+
+
 def test_every_save_has_a_new_stamp(adapters, tmp_path):
     assert [stamp_of(folder) for folder in (tmp_path, tmp_path / ("a" * 4000), tmp_path / "\0")] == [None] * 3
     stamps = []

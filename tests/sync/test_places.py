@@ -187,3 +187,9 @@ def test_weights_of_another_dtype():
     spec = SliceSpec("weight", (3, 4), 1, torch.tensor([1]), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(NoPlace, match="weight is float8_e4m3fn in this engine, which is quantized or packed"):
         places(packed.load_weights, packed, [spec], torch.bfloat16)
+
+
+def test_a_weight_that_is_named_twice_would_lose_its_base_and_is_refused():
+    engine, specs = engines(1)[0], specs_of(checkpoint(), INDEX)
+    with pytest.raises(NoPlace, match="named twice"):
+        places(engine.load_weights, engine, specs[:1] * 2, torch.float32)
