@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exp
     from s2ft.adapter.adapter import Adapter as Adapter
     from s2ft.api import attach as attach, plan as plan, select as select
     from s2ft.attached.bank import AdapterBank as AdapterBank
+    from s2ft.attached.learning_rate import suggested_rate as suggested_rate
     from s2ft.attached.loading import (
         combine_adapters as combine_adapters,
         delete_adapter as delete_adapter,
@@ -48,6 +49,7 @@ _HOMES = {
     "ops": "s2ft.ops",
     "Adapter": "s2ft.adapter.adapter",
     "AdapterBank": "s2ft.attached.bank",
+    "suggested_rate": "s2ft.attached.learning_rate",
     "combine_adapters": "s2ft.attached.loading",
     "delete_adapter": "s2ft.attached.loading",
     "disable_adapters": "s2ft.attached.loading",

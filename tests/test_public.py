@@ -4,11 +4,15 @@
 """
 
 import ast
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import griffe
 import public_api
 import pytest
+from support.sources import ROOT
 
 import s2ft
 
@@ -26,6 +30,12 @@ def test_type_checkers_see_what_is_imported_at_first_use():
 
 def test_every_public_name_can_be_imported():
     assert [name for name in s2ft.__all__ if getattr(s2ft, name) is None or name not in dir(s2ft)] == []
+
+
+def test_the_version_is_there_before_anything_is_imported():
+    code = "import s2ft; print(s2ft.__version__, '__version__' in dir(s2ft))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.split() == [version("s2ft"), "True"]
 
 
 @pytest.mark.parametrize("name", public_api.public_names())

@@ -13,10 +13,11 @@ def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
     share: float = s2ft.plan(model, config).share
     selection: s2ft.Selection = s2ft.select(model, config)
     trained: int = s2ft.attach(model, s2ft.S2FTConfig(units=selection.to_dict()), name="math").trainable
+    rate: float = s2ft.suggested_rate(model, updates=100)
     s2ft.print_trainable_parameters(model)
     s2ft.save_adapter(model, folder)
     s2ft.detach(model)
-    s2ft.load_adapter(model, folder, name="again")
+    print(s2ft.load_adapter(model, folder, name="again").share, rate)
     s2ft.set_adapter(model, "again")
     s2ft.set_adapter(model, {"again": 0.5})
     s2ft.set_adapter(model, None)

@@ -43,7 +43,8 @@ def _of(module: str, names: str) -> tuple[str, ...]:
 
 GROUPS = (
     Group("attach", "Attach and merge", "Make a model trainable by S²FT, and make a plain model of it again.",
-          _of("s2ft", "attach plan detach merge save_merged weights_on_disk print_trainable_parameters")),
+          _of("s2ft", "attach plan suggested_rate detach merge save_merged weights_on_disk "
+              "print_trainable_parameters")),
     Group("config", "Configuration", "One dataclass holds the options of an adapter. Each field is also an option of "
           "`s2ft sft`.", _of("s2ft", "S2FTConfig")),
     Group("adapters", "Adapters", "Save and load adapters, switch between them, combine them, and give them to other "

@@ -40,7 +40,7 @@ from s2ft.attached.record import (
     record_of,
     unwrapped,
 )
-from s2ft.attached.report import status
+from s2ft.attached.report import Report, status
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import refuse
 from s2ft.distributed import check_not_in_engine
@@ -86,7 +86,7 @@ def load_adapter(
     device: torch.device | str | None = None,
     verify: bool | None = None,
     example: Any = None,
-) -> None:
+) -> Report:
     """Load an adapter into a model and make it the active one.
 
     With ``trainable=False`` the deltas are written into the weights, and the base values that they replace are kept:
@@ -111,6 +111,9 @@ def load_adapter(
         verify: As for :func:`s2ft.attach`, for a trainable adapter.
         example: As for :func:`s2ft.attach`. Nothing but `verify` uses it.
 
+    Returns:
+        A report of what the adapter trains or has trained. It prints as a table.
+
     Raises:
         FileNotFoundError: There is no such folder or repository.
         ValueError: The files are damaged, the adapter is of another base, the name is taken, or the model has a
@@ -119,9 +122,10 @@ def load_adapter(
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
         >>> s2ft.save_adapter(model, "math")
-        >>> s2ft.load_adapter(s2ft.detach(model), "math")
-        >>> s2ft.list_adapters(model)
-        ['math']
+        >>> print(s2ft.load_adapter(s2ft.detach(model), "math"))
+        projection     layers  units per layer     parameters  dtype
+        mlp.down_proj       2  13 of 128 channels       1,664  float32
+        adapter 'math', layout permuted: 1,664 of 86,336 parameters were trained, and are frozen now (1.93%)
     """
     if trainable:
         check_sentence_model(model)
@@ -154,7 +158,7 @@ def load_adapter(
         if device is not None:
             adapter = replace(adapter.to(device), device=torch.device(device))
         _load(model, record, adapter, active)
-        return
+        return Report.of_loaded(model, adapter)
     if any(weight_at(model, record.projections[path]).read_only for path in adapter.deltas):
         adapter.config = replace(adapter.config, layout="indexed")  # units of quantized weights can't move
     with starting_from_base(model, record):
@@ -164,6 +168,7 @@ def load_adapter(
         set_extra(model, record, adapter.extra_weights)
         of_the_base = model_info(model)  # saving writes these values again
         record.add_info({key: value for key, value in adapter.info.items() if of_the_base.get(key) is None})
+    return Report.of(model)
 
 
 def _load(model: nn.Module, record: Record, adapter: Adapter, active: bool) -> None:
@@ -313,7 +318,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
-        >>> s2ft.load_adapter(model, s2ft.get_adapter(model, "math"), "copy", active=False)
+        >>> _ = s2ft.load_adapter(model, s2ft.get_adapter(model, "math"), "copy", active=False)
         >>> _ = s2ft.combine_adapters(model, {"math": 0.7, "copy": 0.3}, "both")
         >>> s2ft.list_adapters(model)
         ['math', 'copy', 'both']
@@ -365,7 +370,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
-        >>> s2ft.load_adapter(model, s2ft.get_adapter(model, "math"), "copy", active=False)
+        >>> _ = s2ft.load_adapter(model, s2ft.get_adapter(model, "math"), "copy", active=False)
         >>> s2ft.delete_adapter(model, "copy")
         >>> s2ft.list_adapters(model)
         ['math']

@@ -430,6 +430,8 @@ def new_record(
     if base.endswith(".gguf") and is_patched(base):  # in another dtype than float32 a fingerprint may not tell
         raise ValueError(f"{base} has an adapter in place: s2ft patch {base} --undo first")
     check_unattached(model)
+    if couplings is None:  # who names the layers may have any others in the model
+        check_without_peft(model)
     check_parallelism(model)
     check_not_offloaded(model)
     found = find_couplings(model, couplings, example, config)
@@ -448,6 +450,19 @@ def new_record(
 # ---- what is refused -----------------------------------------------------------------------------------
 
 WITHOUT = "load the model without tensor parallelism, attach, and shard it by FSDP2 or ZeRO"
+
+
+def check_without_peft(model: nn.Module) -> None:
+    """Raises: ValueError: PEFT has wrapped the model, or layers of it."""
+    wrapped = (path for path, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft")
+    path = next(wrapped, None)
+    if path is None:
+        return
+    what = f"{type(model).__name__} is a model of PEFT" if path == "" else f"PEFT has wrapped {path}"
+    raise ValueError(
+        f"{what}, and s2ft changes and reads plain models: pass model.unload() (the base), or model.merge_and_unload() "
+        "(the base with what PEFT trained). To train S²FT as a method of PEFT, import s2ft.peft"
+    )
 
 
 def check_parallelism(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from s2ft.adapter.adapter import Adapter
 from s2ft.attached.active import extra_parameters, parameters_to_save
 from s2ft.attached.record import Record, coupled_names, find_record, on_unwrapped, record_of
 from s2ft.config import TOWERS, S2FTConfig
@@ -41,13 +42,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`s2ft.attach` trains, or would train; prints as a table.
+    """What :func:`s2ft.attach` trains or would train, or a loaded adapter has trained; prints as a table.
 
     Attributes:
         name: Name of the adapter.
         layout: Layout of the units, `permuted` or `indexed`.
         rows: One row for each projection and number of units.
-        trainable: Number of trained parameters, with the extra weights.
+        trainable: Number of trained parameters, with the extra weights; also of a loaded adapter.
         total: Number of parameters of the base model.
         extra_weights: Number of parameters of each extra weight, by name.
         fresh_heads: Paths of frozen modules that look new.
@@ -59,6 +60,7 @@ class Report:
         unproved: What :func:`s2ft.attach` could not prove on the model itself, in words; empty if nothing, or for
             verify=False.
         statistics: Paths of modules whose running statistics training mode changes.
+        is_frozen: Whether the adapter was loaded to be used, not to be trained.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Report:
     weights: dict[str, int] = field(default_factory=dict)
     unproved: str = ""
     statistics: tuple[str, ...] = ()
+    is_frozen: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
@@ -101,6 +104,34 @@ class Report:
             statistics=tuple(
                 path for path, one in model.named_modules() if getattr(one, "running_mean", None) is not None
             ),
+        )
+
+    @classmethod
+    def of_loaded(cls, model: nn.Module, adapter: Adapter) -> "Report":
+        """Make the report of an adapter that was loaded into a model and is not trainable.
+
+        Args:
+            model: The model, which has the adapter.
+            adapter: The adapter.
+        """
+        record = record_of(model)
+        dtypes = {
+            projection: adapter.deltas[name].values.dtype
+            for name, projection in record.projections.items()
+            if name in adapter.deltas
+        }
+        extra_weights = {name: value.numel() for name, value in adapter.extra_weights.items()}
+        in_trainable_slices = sum(full_shape(mount.layer.s2).numel() for mount in record.mounts.values())
+        return cls(
+            name=adapter.name,
+            layout=adapter.config.layout,
+            rows=_rows(model, adapter.selection, dtypes),
+            trainable=adapter.parameters,
+            total=count_parameters(model) - in_trainable_slices,
+            extra_weights=extra_weights,
+            towers=_towers(model, record.couplings, dtypes, extra_weights),
+            couplings=_counted(coupling.status for coupling in record.custom_couplings or ()),
+            is_frozen=True,
         )
 
     @classmethod
@@ -162,9 +193,10 @@ class Report:
             lines.append(
                 f"trained in full: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} parameters)"
             )
+        done = "were trained, and are frozen now" if self.is_frozen else "are trained"
         lines.append(
             f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters "
-            f"are trained ({self.share:.2%})"
+            f"{done} ({self.share:.2%})"
         )
         lines += self._about_couplings()
         lines += [self.unproved] if self.unproved else []

@@ -45,7 +45,7 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
         >>> half = 0.5 * s2ft.get_adapter(model, "math")
-        >>> s2ft.load_adapter(model, half, "half", active=False)
+        >>> _ = s2ft.load_adapter(model, half, "half", active=False)
     """
     record = record_of(model)
     check_known(record, name)

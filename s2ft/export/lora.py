@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import load_adapter
 from s2ft.attached.record import Record, check_fits, find_record, new_record, on_unwrapped, record_of
+from s2ft.attached.report import Report
 from s2ft.attached.saving import get_adapter
 from s2ft.config import S2FTConfig, refuse
 from s2ft.files.plain_text import replace_file, shortened
@@ -126,8 +127,8 @@ def _record(model: nn.Module | None, folder, couplings: Sequence[Coupling] | Non
     """The model, which must be given, and its record, or a temporary one for a model without adapters."""
     if model is None:
         raise ValueError(
-            f"{folder} is a LoRA, which is read and written together with its base model: use s2ft.import_lora, "
-            "s2ft.export_lora or s2ft export"
+            f"{folder} is a LoRA with the structure of S²FT, which is read and written together with its base model: "
+            "s2ft.import_lora(model, folder) loads it, and s2ft export --from-lora makes an adapter of it"
         )
     return model, find_record(model) or new_record(model, couplings)
 
@@ -269,6 +270,7 @@ def read(
     config_path, tensors_path = (open_file(folder, file, "a PEFT LoRA") for file in (CONFIG, TENSORS))
     config = _checked_config(read_json(config_path), config_path)
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
+    check_can_be_slices(tensors, config_path.parent)
     model, record = _record(model, folder, couplings)
     if couplings is None and _takes_inputs(tensors, record):
         record = new_record(model, input_couplings(model, record.couplings))
@@ -317,11 +319,37 @@ def _checked_config(config: Any, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not the config of a LoRA: its peft_type is {kind}")
     for key, value in config.items():
         if key == "bias" and value not in ("none", None) or key not in CHECKED | HARMLESS and value:
-            raise ValueError(f"{path}: {shortened(key)} is {shortened(value)}, which an S²FT adapter can't represent")
+            raise ordinary_lora(path.parent, f"{shortened(key)} is {shortened(value)}, which S²FT does not have")
     for rank, alpha in (("r", "lora_alpha"), ("rank_pattern", "alpha_pattern")):
         if config.get(rank) != config.get(alpha):
-            raise ValueError(f"{path}: {alpha} must equal {rank}, as s2ft writes it, so that the scaling is 1")
+            raise ordinary_lora(
+                path.parent, f"{alpha} is {shortened(config.get(alpha))} and {rank} {shortened(config.get(rank))}"
+            )
     return config
+
+
+def ordinary_lora(folder: Path, sign: str) -> ValueError:
+    """Return the error for a LoRA that s2ft has not written.
+
+    Args:
+        folder: The LoRA's folder.
+        sign: How it is known, in words.
+    """
+    return ValueError(
+        f"{folder} is an ordinary LoRA ({sign}), which can't become an S²FT adapter, because it changes every element "
+        "of a weight: merge it by PEFT (PeftModel.from_pretrained(model, folder).merge_and_unload()), and give s2ft "
+        "the merged model"
+    )
+
+
+def check_can_be_slices(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raises: ValueError: A layer's A and B both mix elements of its weight, which no base is needed to see."""
+    for key in (key for key in tensors if key.endswith(".lora_A.weight")):
+        path = key.removesuffix(".lora_A.weight")
+        a, b = tensors[key], tensors[f"{path}.lora_B.weight"]
+        if bool((a.count_nonzero(1) > 1).any()) and bool((b.count_nonzero(0) > 1).any()):
+            name = path.removeprefix(PREFIX)
+            raise ordinary_lora(folder, f"{shortened(name)} does not have the structure of S²FT")
 
 
 def _check_entries(entries: Entries, path: Path) -> None:
@@ -388,7 +416,7 @@ def import_lora(
     name: str = "default",
     *,
     couplings: Sequence[Coupling] | None = None,
-) -> None:
+) -> Report:
     """Load a LoRA that has the structure of S²FT as an adapter, and make it active.
 
     Every rank of the LoRA must be one-hot on the side that S²FT trains, as in a folder that :func:`export_lora` wrote.
@@ -399,6 +427,9 @@ def import_lora(
         name: The name of the new adapter.
         couplings: The couplings of a model of no known family.
 
+    Returns:
+        A report of what the adapter has trained, as of :func:`s2ft.load_adapter`.
+
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: The LoRA has another structure or another base, or the name is taken. The model has not changed.
@@ -407,11 +438,11 @@ def import_lora(
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
         >>> s2ft.export_lora(model, "lora")
         >>> base = s2ft.detach(model)
-        >>> s2ft.import_lora(base, "lora", "math")
+        >>> _ = s2ft.import_lora(base, "lora", "math")
         >>> s2ft.list_adapters(base)
         ['math']
     """
-    load_adapter(model, read(directory, model, name, couplings))
+    return load_adapter(model, read(directory, model, name, couplings))
 
 
 @on_unwrapped

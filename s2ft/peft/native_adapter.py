@@ -228,7 +228,7 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         >>> peft_model = get_peft_model(model, S2FTPeftConfig(d_ratio=0.1), "math")
         >>> adapter = to_native(peft_model, "math")
         >>> base = peft_model.unload()
-        >>> s2ft.load_adapter(base, adapter)
+        >>> _ = s2ft.load_adapter(base, adapter)
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"no adapter is called {adapter_name!r}; there are {', '.join(model.peft_config)}")

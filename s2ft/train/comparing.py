@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from s2ft.attached.learning_rate import suggested_rate, weight_size, width_of
 from s2ft.config import refuse
 from s2ft.files.plain_text import replace_file, table
 from s2ft.model.coupling import by_key, projections_of
@@ -30,7 +31,6 @@ from s2ft.train.device import explain_out_of_memory, peak_memory
 from s2ft.train.options import CompareOptions, check_ratios
 from s2ft.train.output import LOCK, only_run_in, write_json
 from s2ft.train.parallel import devices_of
-from s2ft.train.planning import rate_of_adapter, weight_size, width_of
 from s2ft.train.run import Run, load, meter_of, other_text, smaller_step
 from s2ft.train.tuners import TARGETS, TUNERS, check_tuner, default_rate, prepare, train_rows
 
@@ -234,7 +234,7 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
     calibration = run.method.calibration(run, tokenizer, data) if method == "s2ft" else None
     prepared = prepare(model, method, chosen, seed=seed, calibration=calibration)
     rate = (
-        rate_of_adapter(prepared.model, updates_of(arguments, data.rows))
+        suggested_rate(prepared.model, updates_of(arguments, data.rows))
         if method == "s2ft"
         else default_rate(method, width_of(model), of_weights)
     )

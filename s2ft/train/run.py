@@ -18,10 +18,10 @@ import torch
 
 import s2ft
 from s2ft.adapter.folders import write_card
+from s2ft.attached.learning_rate import FEWEST_UPDATES
 from s2ft.attached.loading import read_adapter
 from s2ft.attached.mounting import files_of
 from s2ft.attached.record import record_of
-from s2ft.attached.report import Report
 from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import check_all_ranks_agree
@@ -56,7 +56,6 @@ from s2ft.train.parallel import (
     rows_of_update,
     trains_whole_models,
 )
-from s2ft.train.planning import FEWEST_UPDATES, rate_of_adapter
 
 logger = logging.getLogger(__name__)
 RISEN = 5  # times the first loss, of which a run warns
@@ -166,7 +165,7 @@ class Run:
         if not self.method.suggests_rate or "learning_rate" in self.given:
             return self
         updates = updates_of(self.arguments, rows)
-        rate = self.arguments.learning_rate = rate_of_adapter(model, updates)
+        rate = self.arguments.learning_rate = s2ft.suggested_rate(model, updates)
         self.say(
             f"learning rate {rate:g}, by the width, the share that is trained, the size of the weights and {updates:,} "
             "updates; --learning-rate sets another"
@@ -321,8 +320,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     if options.init_adapter is None:
         report = s2ft.attach(model, run.config, options.name, calibration, protect=protect, on_top=bool(options.on_top))
     else:
-        s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
-        report = Report.of(model)
+        report = s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
     run = run.with_rate(model, data.rows)
     apply_kernels(model, options.kernels)
     add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})

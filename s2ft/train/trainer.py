@@ -338,5 +338,5 @@ class S2FTTrainer(AdapterCheckpoints, Trainer):
         >>> trainer.train()
         {'train_runtime': ...}
         TrainOutput(global_step=2, ...)
-        >>> s2ft.load_adapter(s2ft.detach(model), "run/checkpoint-2")
+        >>> _ = s2ft.load_adapter(s2ft.detach(model), "run/checkpoint-2")
     """

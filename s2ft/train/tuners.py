@@ -92,7 +92,7 @@ def default_rate(method: str, width: int, size: float) -> float:
     Args:
         method: A name of :data:`TUNERS`.
         width: Width of the model.
-        size: Root mean square of the weights, see :func:`s2ft.train.planning.weight_size`.
+        size: Root mean square of the weights, see :func:`s2ft.attached.learning_rate.weight_size`.
     """
     return TUNERS[method].rate * size * width**0.5 / OF_SMOLLM2
 

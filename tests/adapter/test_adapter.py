@@ -56,6 +56,19 @@ def test_info_stays_with_a_trainable_adapter(tmp_path):
     assert s2ft.get_adapter(again, "default").info == {}
 
 
+# ---- the report of a loaded adapter ----------------------------------------------------------------------
+
+
+def test_loading_reports_what_attach_has_reported(saved):
+    attached = s2ft.attach(model_of("llama"), S2FTConfig(**ratios_for("llama", WHOLE_KEYS)))
+    model = model_of("llama")
+    loaded = s2ft.load_adapter(model, saved)
+    assert replace(loaded, is_frozen=False) == attached and loaded.share == attached.share
+    assert str(loaded).endswith(f"parameters were trained, and are frozen now ({attached.share:.2%})")
+    assert s2ft.load_adapter(model, saved, "again", trainable=True) == replace(attached, name="again")
+    assert replace(s2ft.load_adapter(model, saved, "third"), name="default") == loaded  # beside a trainable one
+
+
 # ---- switching -------------------------------------------------------------------------------------------
 
 

@@ -197,6 +197,14 @@ def test_the_report_lists_them_and_counts_them_once():
     assert report.trainable == planned.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def test_the_report_of_a_loaded_adapter_lists_them_too():
+    model = attached("named")
+    adapter, report = s2ft.get_adapter(model, "default"), s2ft.status(model)
+    found = s2ft.load_adapter(s2ft.detach(model), adapter)
+    assert found.extra_weights.keys() == adapter.extra_weights.keys()
+    assert found.trainable == report.parameters["default"]
+
+
 def test_a_head_that_was_resized_since_is_named_and_bfloat16_is_told(caplog):
     model = with_adapter(model_of("llama", torch.bfloat16), S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
     assert "lm_head.weight is trained in full in torch.bfloat16" in caplog.text

@@ -208,12 +208,12 @@ one_hot, random_lora = made_of(UNITS), made_of()
 
 
 REFUSED = {
-    "random": (random_lora, {}, "structure of S²FT: rank 0 of lora_A"),
+    "random": (random_lora, {}, "ordinary LoRA .*down_proj.* does not have the structure of S²FT.*merge it by PEFT"),
     "twice": (made_of({(0, 7): 1, (1, 7): 1}), {}, "two ranks of lora_A"),
     "infinite": (made_of(UNITS, {(0, 0): float("inf")}), {}, "lora_B is not finite"),
     "factor": (made_of({**UNITS, (3, 11): 0.5}), {}, "rank 3 of lora_A must be 1"),
     "parts of heads": (made_of(b={(1, 0): 1, (13, 1): 1}), dict(target_modules=["q_proj"]), "belongs to no whole unit"),
-    "scaled": (one_hot, dict(lora_alpha=8), "lora_alpha must equal r"),
+    "scaled": (one_hot, dict(lora_alpha=8), "ordinary LoRA .lora_alpha is 8 and r 4.*merge it by PEFT"),
     "scaled by a root": (one_hot, dict(use_rslora=True), "'use_rslora' is True"),
     "embedding": (random_lora, dict(target_modules=["embed_tokens"]), "embed_tokens"),
     "head": (one_hot, dict(target_modules=["lm_head"]), "lm_head"),
@@ -237,7 +237,7 @@ A0, B0 = (f"base_model.model.model.layers.0.mlp.down_proj.lora_{side}.weight" fo
 SPOILT = {
     "no B": (dict(tensors=lambda t: t.pop(B0)), "has no lora_B"),
     "foreign": (dict(tensors=lambda t: t.update(x=torch.ones(1))), "'x' is not the A or B"),
-    "shape": (dict(tensors=lambda t: t.update({A0: torch.ones(4, 3)})), "do not fit its weight"),
+    "shape": (dict(tensors=lambda t: t.update({A0: torch.zeros(4, 3)})), "do not fit its weight"),
     "integers": (dict(tensors=lambda t: t.update({A0: t[A0].long()})), "must be a floating-point matrix"),
     "unknown module": (
         dict(tensors=lambda t: t.update({key.replace("mlp.down_proj", "mlp"): t.pop(key) for key in (A0, B0)})),
@@ -245,7 +245,7 @@ SPOILT = {
     ),
     "kind": (dict(config=lambda c: c.update(peft_type="LOHA")), "peft_type is 'LOHA'"),
     "unknown": (dict(config=lambda c: c.update(shiny=True)), "'shiny' is True"),
-    "pattern": (dict(config=lambda c: c.update(rank_pattern={"(a+)+$": 4})), "alpha_pattern must equal rank_pattern"),
+    "pattern": (dict(config=lambda c: c.update(rank_pattern={"(a+)+$": 4})), "alpha_pattern is {} and rank_pattern"),
 }
 
 
@@ -280,6 +280,33 @@ def test_other_loras_are_refused_and_do_not_change_the_model(change, options, da
     with pytest.raises((ValueError, FileNotFoundError), match=word):
         import_lora(model, tmp_path)
     assert s2ft.status(model).adapters == [] and same(model, model_of("llama"))
+
+
+@pytest.mark.parametrize(
+    "options", (dict(lora_alpha=32, r=16), dict(use_dora=True), {}), ids=("scaled", "dora", "plain")
+)
+def test_an_ordinary_lora_given_to_load_adapter_says_what_it_is_and_what_to_do(options, tmp_path):
+    """It was "lora_alpha must equal r", and with r = alpha "use s2ft.import_lora", which refused it in turn."""
+    lora_of_peft("llama", tmp_path, random_lora, **options)
+    with pytest.raises(ValueError, match="is an ordinary LoRA .*merge_and_unload"):
+        s2ft.load_adapter(model_of("llama"), tmp_path)
+
+
+def test_a_lora_of_s2ft_given_to_load_adapter_names_the_call_that_reads_it(tmp_path):
+    export_lora(randomize(with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1, q_ratio=0.5))), tmp_path)
+    with pytest.raises(ValueError, match=r"s2ft.import_lora\(model, folder\) loads it"):
+        s2ft.load_adapter(model_of("llama"), tmp_path)
+    assert import_lora(model_of("llama"), tmp_path).trainable > 0
+
+
+@pytest.mark.parametrize("of", (lambda model: model, lambda model: model.get_base_model()), ids=("whole", "inside"))
+def test_a_model_of_peft_is_told_which_model_takes_an_adapter(of, tmp_path):
+    s2ft.save_adapter(with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1)), tmp_path)
+    wrapped = peft.get_peft_model(model_of("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    for change in (lambda: s2ft.load_adapter(of(wrapped), tmp_path), lambda: s2ft.attach(of(wrapped), S2FTConfig())):
+        with pytest.raises(ValueError, match="PEFT.*pass model.unload"):
+            change()
+    s2ft.load_adapter(wrapped.unload(), tmp_path)
 
 
 # ---- the hub -------------------------------------------------------------------------------------------

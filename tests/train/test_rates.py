@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.inside import rates, record_of
 from support.models import model_of
-from support.states import with_adapter
+from support.states import with_adapter, with_loaded
+from torch import nn
 
 import s2ft
 
@@ -13,18 +14,18 @@ ROWS = [line.split("|")[2:8] for line in rates.__doc__.splitlines() if line.star
 
 @pytest.mark.parametrize("width, share, size, task, good, rule", ([cell.strip(" ?") for cell in row] for row in ROWS))
 def test_each_known_rate_is_near_the_rule(width, share, size, task, good, rule):
-    found = rates.suggested_rate(int(width), float(share), float(size), 16 if "16 updates" in task else 32)
+    found = rates.rate_by_rule(int(width), float(share), float(size), 16 if "16 updates" in task else 32)
     assert found == float(rule) and all(0.1 <= found / float(one) <= 10 for one in good.split(" to "))
 
 
 def test_a_wider_model_a_larger_slice_or_smaller_weights_get_a_lower_rate():
-    assert [rates.suggested_rate(width, 0.02, 0.02) for width in (64, 576, 4096)] == [6e-4, 2e-4, 7e-5]
-    assert [rates.suggested_rate(576, share, 0.19) for share in (0.001, 0.02, 0.5)] == [1e-2, 2e-3, 8e-5]
-    assert [rates.suggested_rate(576, 0.02, size) for size in (0.2, 0.02)] == [2e-3, 2e-4]
+    assert [rates.rate_by_rule(width, 0.02, 0.02) for width in (64, 576, 4096)] == [6e-4, 2e-4, 7e-5]
+    assert [rates.rate_by_rule(576, share, 0.19) for share in (0.001, 0.02, 0.5)] == [1e-2, 2e-3, 8e-5]
+    assert [rates.rate_by_rule(576, 0.02, size) for size in (0.2, 0.02)] == [2e-3, 2e-4]
 
 
 def test_a_short_run_gets_up_to_twice_the_rate():
-    found = [rates.suggested_rate(576, 0.075, 0.19, updates) for updates in (1, 16, 24, 32, 10_000)]
+    found = [rates.rate_by_rule(576, 0.075, 0.19, updates) for updates in (1, 16, 24, 32, 10_000)]
     assert found == [1e-3, 1e-3, 7e-4, 5e-4, 5e-4]
 
 
@@ -36,13 +37,33 @@ def test_the_rate_of_an_adapter_follows_from_its_share_and_the_size_of_its_weigh
     trained = [model.get_submodule(record.projections[name].path).weight for name in record.selection.units]
     share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(one.numel() for one in weights)
     size = torch.stack([one.double().square().mean().sqrt() for one in trained]).quantile(0.5)
-    assert rates.rate_of_adapter(model, 32) == rates.suggested_rate(model.config.hidden_size, share, float(size))
+    assert s2ft.suggested_rate(model, 32) == rates.rate_by_rule(model.config.hidden_size, share, float(size))
     with torch.no_grad():
         list(map(torch.Tensor.zero_, trained))
-    assert rates.rate_of_adapter(model, 32) > 0
+    assert s2ft.suggested_rate(model, 32) > 0
+
+
+def test_a_loop_of_ones_own_asks_for_the_rate_of_a_trainable_adapter():
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="call s2ft.attach"):
+        s2ft.suggested_rate(model)
+    adapter = s2ft.get_adapter(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.5), "math"), "math")
+    assert s2ft.suggested_rate(model, 16) > s2ft.suggested_rate(model)
+    assert s2ft.suggested_rate(torch.compile(model)) == s2ft.suggested_rate(model)
+    with pytest.raises(ValueError, match="updates must be a whole number of at least 1, got 0"):
+        s2ft.suggested_rate(model, 0)
+    with pytest.raises(ValueError, match="no adapter of math is trainable"):
+        s2ft.suggested_rate(with_loaded(s2ft.detach(model), adapter))
+
+
+def test_a_model_without_a_config_gets_a_rate():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    mlp = s2ft.Coupling.ffn(0, up="0", down="2", channels=16)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5), couplings=[mlp], example=torch.randn(2, 8))
+    assert s2ft.suggested_rate(model) > 0
 
 
 def test_a_model_whose_config_names_no_width_gets_a_rate():
     model = with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.5))
     del model.config.hidden_size
-    assert rates.rate_of_adapter(model, 32) > 0
+    assert s2ft.suggested_rate(model, 32) > 0
