@@ -71,11 +71,16 @@ class SliceBank:
 
         Args:
             slot: Number of the slot.
-            index: The output or input of each unit, shape [n], int64; n is at most the capacity, which
-                :func:`s2ft.vllm.layers.admit` checks.
+            index: The output or input of each unit, shape [n], int64.
             values: One row per unit, shape [n, width].
+
+        Raises:
+            ValueError: The units are more than a slot has room for. Nothing has changed. The message that helps is that
+                of :func:`s2ft.vllm.layers.admit`, unless a program has put a loader of its own in place of vLLM's.
         """
         count, begin = index.numel(), slot * self.capacity
+        if count > self.capacity:  # they would be written over those of another adapter
+            raise ValueError(f"{count} units do not fit: a slot of this layer has room for {self.capacity}")
         self.index[begin : begin + count].copy_(index, non_blocking=True)
         self.values[begin : begin + count].copy_(values, non_blocking=True)
         self.bounds[2 * slot + 1] = begin + count

@@ -214,11 +214,17 @@ class SliceLayer:
             index: Number of the slot.
             lora_a: What stands for factor A, see :func:`encode`, of one projection or of each that is fused.
             lora_b: The rows of values.
+
+        Raises:
+            ValueError: They are the factors of a LoRA. :func:`s2ft.vllm.layers.admit` has refused such an adapter,
+                unless a program has put a loader of its own in place of vLLM's.
         """
         if isinstance(lora_a, Tensor):
             lora_a, lora_b = [lora_a], [lora_b]
         parts: list[Part] = [None if one is None else (one, other) for one, other in zip(lora_a, lora_b)]
         if not all(part is None or is_slices(part[0]) for part in parts):
+            if any(part is not None and part[0].any() and part[1].any() for part in parts):
+                raise ValueError("a LoRA has no place in this vLLM, which serves S²FT adapters alone")
             # vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can.
             for bank in self.banks:
                 zeros = bank.values.new_zeros(1, 1).expand(bank.capacity, bank.values.shape[1])

@@ -37,6 +37,14 @@ def test_a_slot_keeps_its_units_when_others_change():
     assert bank.index[:1].tolist() == [7] and bank.values[:7, 0].tolist() == [1, 0, 0, 0, 0, 3, 3]
 
 
+def test_more_units_than_a_slot_holds_are_not_written_over_those_of_the_next_adapter():
+    bank = SliceBank(slots=2, capacity=5, width=2, dim=1)
+    bank.put(1, torch.arange(5), torch.ones(5, 2))
+    with pytest.raises(ValueError, match="6 units do not fit.*room for 5"):
+        bank.put(0, torch.arange(6), torch.full((6, 2), 9.0))
+    assert bank.values[5:].tolist() == torch.ones(5, 2).tolist() and bank.bounds.tolist() == [0, 0, 5, 10]
+
+
 # ---- products --------------------------------------------------------------------------------------------
 
 
@@ -261,6 +269,14 @@ def test_warm_up_fills_all_slots_and_makes_room_for_adapters():
     factors, full = model.adapter([1], 30, seed=3)
     model.activate(7, factors)
     model.check({7: full}, [7, 0])
+
+
+def test_a_lora_that_reaches_a_layer_of_slices_is_no_adapter_of_zeros():
+    """A program that loads adapters by a function of its own, such as an RL framework, goes past the check of names."""
+    layer = Model("row", 1, budget="64").layers[0]
+    with pytest.raises(ValueError, match="S²FT adapters alone"):
+        layer.set_lora(0, torch.ones(8, 32), torch.ones(12, 8))
+    assert layer.banks[0].bounds.tolist() == [0, 0, 32, 32, 64, 64]
 
 
 INDEX, VALUES = encode(torch.tensor([7]), 0), torch.ones(1, 12, dtype=torch.float64)
