@@ -16,8 +16,8 @@ Stages, each in processes of their own:
     ncu           counters of the kernels by Nsight Compute; with --cpu their instructions by disassembly
 
 The report is rewritten after every stage. The command ends within --seconds: a stage that takes too long is ended, and
-one for which no time is left does not run. What does not run is named with the reason. The exit status is 1 if a stage
-failed or a measured number missed its limit. Nothing is downloaded; models have random weights.
+is partly run; one for which no time is left does not run. What does not run is named with the reason. The exit status
+is 1 if a stage failed or a measured number missed its limit. Nothing is downloaded; models have random weights.
 
 --cpu runs every stage without a GPU: the kernel driver in the simulator under the compiler's sanitizers, and all else
 on the CPU at tiny sizes with one thread. Its times say nothing about a GPU and are not judged.
@@ -37,9 +37,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_toolkit import cuda_home, find_tool
 from gpu_report import FAILED, NOT_RUN, PARTLY, PASSED, GpuReport, GpuStage, about_machine
-from kernel_driver import SCHEDULES, TOOLS, KernelRun, build_for_cpu, build_for_gpu, find_tool, runs_on_cpu, runs_on_gpu
-from limited import LEAST, Done, run_limited
+from kernel_driver import (
+    NO_NVCC,
+    SCHEDULES,
+    TOOLS,
+    KernelRun,
+    MissingTool,
+    build_for_cpu,
+    build_for_gpu,
+    runs_on_cpu,
+    runs_on_gpu,
+)
+from limited import LEAST, NO_TIME, Done, run_limited
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -109,10 +120,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def state_of(done: Done) -> str:
+    if done.good:
+        return PASSED
+    if done.was_ended:
+        return PARTLY
+    return NOT_RUN if done.status is None else FAILED
+
+
 def outcome(name: str, done: Done, data: dict[str, Any] | None = None, why: str = "") -> GpuStage:
     """A stage that ran one command."""
-    state = PASSED if done.good else NOT_RUN if done.status is None and not done.text else FAILED
-    return GpuStage(name, state, why or done.why, done.text, data or {})
+    return GpuStage(name, state_of(done), why or done.why, done.text, data or {})
 
 
 # --- stages ---------------------------------------------------------------------------------------
@@ -121,6 +139,8 @@ def outcome(name: str, done: Done, data: dict[str, Any] | None = None, why: str 
 def build(work: Work) -> GpuStage:
     if work.cpu:
         variables = {"S2FT_BUILD": "cpu"}
+    elif cuda_home() is None:
+        return GpuStage("build", NOT_RUN, NO_NVCC)
     else:
         capability = "{}.{}".format(*torch.cuda.get_device_capability())
         variables = {"S2FT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": capability}
@@ -156,6 +176,8 @@ def sanitizers(work: Work) -> GpuStage:
             found = runs_on_gpu(
                 build_for_gpu(folder, capability, jobs, work.left(240)), ["plain", *TOOLS], work.left(60)
             )
+    except MissingTool as missing:
+        return GpuStage("sanitizers", NOT_RUN, str(missing))
     except RuntimeError as error:
         return GpuStage("sanitizers", FAILED, "the kernel driver was not built", str(error))
     runs = []
@@ -170,12 +192,14 @@ def sanitizer_stage(runs: list[KernelRun], wanted: int) -> GpuStage:
     """The stage of these runs. It has passed only if all `wanted` runs are there and without an error."""
     text = "\n".join(map(str, runs))
     data = {"runs": [{"name": one.name, "status": one.done and one.done.status, "state": one.state} for one in runs]}
-    wrong = [one.name for one in runs if one.done and not one.done.good]
+    wrong = [one.name for one in runs if one.done and one.done.status]
+    ended = [one.name for one in runs if one.done and one.done.status is None]
     missing = [one.name for one in runs if one.done is None]
     if wrong:
         return GpuStage("sanitizers", FAILED, f"errors in: {', '.join(wrong)}", text, data)
-    if len(runs) < wanted:
-        return GpuStage("sanitizers", FAILED, "no time was left for all tools", text, data)
+    if ended or len(runs) < wanted:
+        why = f"too slow: {', '.join(ended)}" if ended else "no time was left for all tools"
+        return GpuStage("sanitizers", PARTLY, why, text, data)
     if missing:
         return GpuStage("sanitizers", NOT_RUN, f"{', '.join(missing)}: {runs[-1].why}", text, data)
     return GpuStage("sanitizers", PASSED, f"{len(runs)} runs without an error", text, data)
@@ -187,22 +211,67 @@ def cuda_test_files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files if "mark.cuda" in path.read_text(encoding="utf-8")]
 
 
+MOST_WORKERS = 8
+WORKER_MEMORY = 12 << 30  # bytes: a context, the pools of Triton's trials, and models of the tests
+
+
+def worker_count(cores: int, free_memory: int | None) -> int:
+    """How many workers of pytest run side by side.
+
+    Args:
+        cores: Of the processor.
+        free_memory: Bytes of the GPU that they share; None without one.
+    """
+    for_memory = MOST_WORKERS if free_memory is None else free_memory // WORKER_MEMORY
+    return max(1, min(MOST_WORKERS, cores, for_memory))
+
+
 def tests(work: Work) -> GpuStage:
-    """On a GPU all tests marked cuda; on a CPU those of the kernels in the simulator, and of tests/gpu."""
-    chosen = ["-m", "not slow", "tests/gpu", "tests/cuda_on_cpu"] if work.cpu else ["-m", "cuda", *cuda_test_files()]
-    workers = min(8, os.cpu_count() or 1)
-    parallel = ["-n", str(workers), "--dist", "worksteal"] if has("pytest_xdist") and workers > 1 else []
+    """On a GPU all tests marked cuda; on a CPU those of the kernels in the simulator, and of tests/gpu.
+
+    Tests that take most of a GPU's memory, or limit it, come first, one after the other.
+    """
+    free_memory = None if work.cpu else torch.cuda.mem_get_info()[0]
+    workers = worker_count(os.cpu_count() or 1, free_memory)
+    side_by_side = ["-n", str(workers), "--dist", "worksteal"] if has("pytest_xdist") and workers > 1 else []
+    if work.cpu:
+        return tests_stage(
+            [pytest_run("tests", work, side_by_side, ["-m", "not slow", "tests/gpu", "tests/cuda_on_cpu"])]
+        )
+    files = cuda_test_files()
+    alone = pytest_run("tests-alone", work, [], ["-m", "cuda and alone", *files])
+    return tests_stage([alone, pytest_run("tests", work, side_by_side, ["-m", "cuda and not alone", *files])])
+
+
+def pytest_run(name: str, work: Work, workers: list[str], chosen: list[str]) -> Done:
     options = ["-q", "-ra", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--durations=5"]
-    done = work.run("tests", python("-m", "pytest", *options, *parallel, *chosen), 240)
-    counts = {
-        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", done.text[-400:])
-    }
-    if done.good and not counts.get("passed"):
-        done = Done(5, done.text)
-    if not done.good:
-        return outcome("tests", done, counts, PYTEST.get(done.status or 0, ""))
+    return work.run(name, python("-m", "pytest", *options, *workers, *chosen), 600)  # the first has no Triton cache
+
+
+def tests_stage(runs: list[Done]) -> GpuStage:
+    """The stage of these runs of pytest."""
+    text, counts = "\n".join(done.text for done in runs), {}
+    for done in runs:
+        for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", done.text[-400:]):
+            counts[word] = counts.get(word, 0) + int(number)
+    failed = [PYTEST.get(done.status, done.why) for done in runs if done.status]
+    failed += ["a test failed before the time ended" for done in runs if done.was_ended and shows_failure(done.text)]
+    if failed:
+        return GpuStage("tests", FAILED, failed[0], text, counts)
+    unfinished = [done.why for done in runs if done.status is None]
+    if unfinished:
+        state = NOT_RUN if all(done.why == NO_TIME for done in runs) else PARTLY
+        return GpuStage("tests", state, unfinished[0], text, counts)
+    if not counts.get("passed"):
+        return GpuStage("tests", FAILED, PYTEST[5], text, counts)
     skipped = f", {counts['skipped']} skipped for reasons in the text" if counts.get("skipped") else ""
-    return outcome("tests", done, counts, f"{counts['passed']} tests passed{skipped}")
+    return GpuStage("tests", PASSED, f"{counts['passed']} tests passed{skipped}", text, counts)
+
+
+def shows_failure(text: str) -> bool:
+    """Whether a line of pytest's progress, such as "..F.s  [ 26%]", has a failure or an error."""
+    lines = re.findall(r"^([.sxXFE]+)(?: +\[ *\d+%\])?$", text, re.M)
+    return any("F" in line or "E" in line for line in lines)
 
 
 def with_results(name: str, work: Work, command: list[str], most: float, output: Path) -> GpuStage:
@@ -239,7 +308,7 @@ def measured_steps(name: str, work: Work, runs: list[list[str]], most: float) ->
         output.unlink(missing_ok=True)
         command = script("gpu/steps.py", *options, "--device", work.device, "--output", str(output))
         done, called = work.run(f"{name}-{number}", command, most), " ".join(options)
-        if done.status is None and work.left(most) < LEAST:
+        if done.status is None:
             late.append(f"{called}: {done.why}")
         elif not done.good:
             wrong.append(f"{called}: {done.why}")
@@ -313,7 +382,7 @@ def switch(work: Work) -> GpuStage:
 
 def instructions(work: Work) -> GpuStage:
     """What a machine without a GPU can say of the kernels' code: instructions, registers and spills."""
-    if find_tool("nvcc") is None:
+    if cuda_home() is None:
         return GpuStage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvcc")
     output = work.folder / "disassembly.json"
     command = script("gpu/disassembly.py", "--archs", "90", "--output", str(output))
@@ -366,7 +435,7 @@ def run_stages(names: list[str], work: Work, report: GpuReport) -> None:
         work.reserved = min(wanted, max(0.0, (work.end - time.monotonic()) * 0.7))  # less if the whole limit is short
         begin = time.monotonic()
         if work.left(STAGES[name].least or LEAST) < LEAST:
-            stage = GpuStage(name, NOT_RUN, "no time was left")
+            stage = GpuStage(name, NOT_RUN, NO_TIME)
         else:
             try:
                 stage = STAGES[name].run(work)

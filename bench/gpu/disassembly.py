@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cuda_toolkit import cuda_home
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 RESULTS = ROOT / "bench" / "results" / "disassembly.json"
@@ -67,12 +69,10 @@ class Kernel:
 
 def toolkit() -> Path:
     """The folder of the CUDA toolkit."""
-    nvcc = shutil.which("nvcc")
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1])
-    for home in (*homes, "/usr/local/cuda"):
-        if home and Path(home, "bin", "nvcc").exists():
-            return Path(home)
-    raise SystemExit("no nvcc: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH")
+    home = cuda_home()
+    if home is None:
+        raise SystemExit("no nvcc: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH")
+    return home
 
 
 def find_nvdisasm(home: Path) -> str:

@@ -4,8 +4,8 @@
 
 On a GPU nvcc compiles it, and it runs plainly, with large sizes, and under the tools of compute-sanitizer. With --cpu
 g++ compiles it with the simulator of tests/cuda_on_cpu and the sanitizers for addresses and undefined behaviour, and it
-runs under several schedules of the threads. A tool that is not there is named. First the tool must find an access
-behind a buffer that the driver makes on purpose.
+runs under several schedules of the threads. nvcc is the one that setup.py builds the kernels with. A tool that is not
+there is named. First the tool must find an access behind a buffer that the driver makes on purpose.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuda_toolkit import cuda_home, find_tool, runtime_flags
 from limited import Done, run_limited
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+NO_NVCC = "no nvcc: set CUDA_HOME to a CUDA toolkit, put nvcc on PATH, or install it as docs/install.md says"
 FOUND = 9  # exit status of compute-sanitizer if it found something; the driver itself has 0, 1 and 2
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
 CPU_FLAGS = (
@@ -52,18 +54,16 @@ class KernelRun:
     def state(self) -> str:
         if self.done is None:
             return "NOT RUN"
+        if self.done.was_ended:
+            return f"PARTLY RUN, {self.done.why}"
         return "passed" if self.done.good else f"FAILED, {self.done.why}"
 
     def __str__(self) -> str:
         return f"{self.state}  {self.name}\n{self.done.text.strip()[-2000:] if self.done else self.why}"
 
 
-def find_tool(name: str) -> str | None:
-    """A tool of the CUDA toolkit, from PATH, from the toolkit's folder, or from where Nsight Compute is installed."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [Path(home) / folder / name for home in homes if home for folder in ("bin", "compute-sanitizer")]
-    places += sorted(Path("/opt/nvidia").glob(f"nsight-compute/*/{name}"), reverse=True)
-    return shutil.which(name) or next((str(path) for path in places if path.exists()), None)
+class MissingTool(RuntimeError):
+    """A compiler that is not there, so that the driver is not run. One that fails is another RuntimeError."""
 
 
 def sources() -> list[Path]:
@@ -99,20 +99,31 @@ def compile_all(command: list[str], link: list[str], folder: Path, jobs: int, li
 
 
 def build_for_gpu(folder: Path, arch: str, jobs: int, limit: float) -> Path:
-    """Compile the driver by nvcc for one compute capability, such as "9.0"."""
-    nvcc = find_tool("nvcc")
-    if nvcc is None:
-        raise RuntimeError("no nvcc: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH")
+    """Compile the driver by nvcc for one compute capability, such as "9.0".
+
+    Raises:
+        MissingTool: There is no nvcc.
+        RuntimeError: It failed, or `limit` seconds were not enough.
+    """
+    home = cuda_home()
+    if home is None:
+        raise MissingTool(NO_NVCC)
     number = arch.replace(".", "")
+    nvcc = str(home / "bin" / "nvcc")
     flags = [nvcc, "-std=c++20", "-O3", "-lineinfo", "-gencode", f"arch=compute_{number},code=sm_{number}"]
-    return compile_all(flags, flags, folder, jobs, limit)
+    return compile_all(flags, [*flags, *runtime_flags(home)], folder, jobs, limit)
 
 
 def build_for_cpu(folder: Path, jobs: int, limit: float) -> Path:
-    """Compile the driver with the simulator and the compiler's sanitizers."""
+    """Compile the driver with the simulator and the compiler's sanitizers.
+
+    Raises:
+        MissingTool: There is no C++ compiler.
+        RuntimeError: It failed, or `limit` seconds were not enough.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        raise RuntimeError("no C++ compiler: install g++, or set CXX")
+        raise MissingTool("no C++ compiler: install g++, or set CXX")
     return compile_all([compiler, *CPU_FLAGS], [compiler, SANITIZE], folder, jobs, limit)
 
 
@@ -125,10 +136,10 @@ def run(name: str, command: list[str], program: Path, limit: float) -> KernelRun
 def planted(name: str, command: list[str], program: Path, limit: float) -> KernelRun:
     """Run a command that a sanitizer must end. It has passed if its exit status is not 0."""
     done = run(name, command, program, limit).done
-    if done.status in (None, 0):
-        return KernelRun(
-            name, Done(done.status or 1, done.text, done.why or "the access behind a buffer was not found")
-        )
+    if done.status is None:
+        return KernelRun(name, done)
+    if done.good:
+        return KernelRun(name, Done(1, done.text, "the access behind a buffer was not found"))
     return KernelRun(name, Done(0, "found"))
 
 
@@ -169,9 +180,10 @@ def main() -> None:
         else:
             program = build_for_gpu(args.folder, args.arch or capability(), jobs, 10 * args.limit)
             found = runs_on_gpu(program, args.only, args.limit)
+    except MissingTool as missing:
+        sys.exit(f"NOT RUN build\n{missing}")
     except RuntimeError as error:
-        print(f"FAILED build\n{error}")
-        sys.exit(1)
+        sys.exit(f"FAILED build\n{error}")
     good = True
     for one in found:
         print(one, flush=True)

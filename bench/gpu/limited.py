@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEAST = 2.0  # with less time than this, in seconds, a command is not started
+NO_TIME = "no time was left"
 
 
 @dataclass
@@ -29,6 +30,11 @@ class Done:
     def good(self) -> bool:
         return self.status == 0
 
+    @property
+    def was_ended(self) -> bool:
+        """Whether it was started, and ended at its limit of time."""
+        return self.status is None and self.why != NO_TIME
+
 
 def run_limited(
     command: list[str],
@@ -48,7 +54,7 @@ def run_limited(
         folder: Its working directory; default: that of this process.
     """
     if limit < LEAST:
-        return Done(None, "", "no time was left")
+        return Done(None, "", NO_TIME)
     log.parent.mkdir(parents=True, exist_ok=True)
     begin, why = time.monotonic(), ""
     with log.open("w+", encoding="utf-8", errors="replace") as file:

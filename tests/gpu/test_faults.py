@@ -10,7 +10,7 @@ from support.models import train
 
 from s2ft.ops import sliced_linear
 
-LIMIT = 2 << 30  # bytes that this process may take, so that tests beside it keep theirs
+LIMIT = 2 << 30  # bytes that this process may take
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def little_memory():
 
 
 @pytest.mark.cuda
+@pytest.mark.alone
 @pytest.mark.parametrize("op", (sliced_linear, reference), ids=("op", "reference"))
 def test_memory_that_runs_out_inside_the_product(op, little_memory):
     """The output is far larger than the input, so its allocation fails while the weight holds base + delta."""
@@ -37,6 +38,7 @@ def test_memory_that_runs_out_inside_the_product(op, little_memory):
 
 
 @pytest.mark.cuda
+@pytest.mark.alone
 def test_memory_that_runs_out_in_a_training_step(little_memory):
     model, ids = small_model("cuda")
     before = frozen(model)

@@ -31,6 +31,7 @@ def test_products_equal_those_of_the_merged_weight(dim, units, start, dtype, dev
 
 
 @pytest.mark.cuda
+@pytest.mark.alone
 def test_more_than_two_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < 20 << 30:
         pytest.skip("needs 20 GiB of free GPU memory")
