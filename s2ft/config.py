@@ -235,7 +235,8 @@ class S2FTConfig:
             all layers by their scores, so a layer may get none. With `random` it draws from the units of all layers
             together, as the paper's code does; a ratio is then a share of all of them, rounded down.
         align: Round the number of a projection's units down to a multiple of this, for instance 8, so that every row
-            of a slice starts at an aligned address. A number below `align` stays. Default: no rounding.
+            of a slice starts at an aligned address. Fewer units are an error, unless they are heads whose elements are
+            a multiple. Default: no rounding.
         group: Choose the inputs of a layer, such as the channels of down_proj, in groups of this many neighbours, for
             instance 32 for a base in Q4_0: inputs that share a scale in the file are then trained together. Heads of
             whole groups stay units. Default: one by one.

@@ -1,6 +1,7 @@
 """The fingerprint of a base model, and where the slices of an adapter lie in it."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -168,6 +169,8 @@ def _same(mine: dict[str, Any], other: dict[str, Any], exact: bool, quantized: b
     if a.shape != b.shape:
         return False
     size = float(a.abs().mean())
+    if not math.isfinite(size):  # a damaged scale, such as NaN; no adapter has such a base
+        return False
     if quantized:
         return float((a - b).abs().mean()) <= QUANTIZATION * size
     return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * size)

@@ -270,13 +270,14 @@ def units_per_projection(
 
     Raises:
         ValueError: Nothing is requested; a ratio or the budget gives no unit; the budget is larger than all units that
-            may be chosen; or the config names a projection or layer that the model does not have.
+            may be chosen; `align` is more than the units of a projection; or the config names a projection or layer
+            that the model does not have.
     """
     requested = [p for p in projections_of(requested_couplings(couplings, config)) if p.key in config.ratios]
     if config.budget is None and config.match_lora_rank is None:
         if config.selection == "random" and config.allocation == "global":
             return _units_over_layers(requested, config.ratios)
-        return _aligned({p.name: _units(p, config.ratios[p.key]) for p in requested}, config.align)
+        return _aligned({p.name: _units(p, config.ratios[p.key]) for p in requested}, requested, config.align)
     free = {p.name: p.count if free is None else free.get(p.name, p.count) for p in requested}
     costs = {p.name: unit_parameters(cast(nn.Module, model), p) for p in requested}
     shares = {p.name: config.ratios[p.key] * p.count for p in requested}
@@ -288,7 +289,7 @@ def units_per_projection(
             f"{what} is more than the {most:,} parameters that the requested projections have to choose "
             f"from{taken}: lower it, or request more projections"
         )
-    units = _aligned(share_out(total, shares, free, costs), config.align)
+    units = _aligned(share_out(total, shares, free, costs), requested, config.align)
     is_uniform = config.allocation == "uniform"  # else one layer of each kind is enough
     for alike in by_key((p.name if is_uniform else p.key, p) for p in requested).values():
         if not any(units[other.name] for other in alike):
@@ -300,9 +301,27 @@ def units_per_projection(
     return units
 
 
-def _aligned(units: dict[str, int], align: int | None) -> dict[str, int]:
-    """Round numbers of units down to multiples of `align`. What is smaller stays, so that nothing is left out."""
-    return {name: number - number % align if align and number > align else number for name, number in units.items()}
+def _aligned(units: dict[str, int], requested: list[Projection], align: int | None) -> dict[str, int]:
+    """Round numbers of units down to multiples of `align`.
+
+    Fewer heads than that stay, if the elements of all of them together are a multiple.
+
+    Raises:
+        ValueError: A projection has fewer units, and their elements are no multiple.
+    """
+    if align is None:
+        return units
+    rounded = {}
+    for projection in requested:
+        number = units[projection.name]
+        is_met = number >= align or number * projection.unit % align == 0
+        if not is_met:
+            raise ValueError(
+                f"align={align} can't be met: {projection.name} would train {number} units, which is fewer. Raise "
+                f"{projection.key}_ratio or the budget, or lower align to {number} or less"
+            )
+        rounded[projection.name] = number - number % align if number >= align else number
+    return rounded
 
 
 def requested_couplings(couplings: list[Coupling], config: S2FTConfig) -> list[Coupling]:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import resource
 import shutil
+import struct
 from contextlib import suppress
 from functools import partial
 
@@ -159,6 +160,35 @@ def test_bad_input_leaves_nothing(small, tmp_path, mistake, made, error, words):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_scale_that_is_nan_is_another_base_whose_weight_is_named(small, copy, tmp_path):
+    content, name = bytearray(copy.read_bytes()), "blk.0.ffn_down.weight"
+    start = int(GgufFile(copy).tensors[name].data_offset)
+    content[start : start + 2] = struct.pack("<H", 0x7E00)  # the scale of the first block
+    copy.write_bytes(content)
+    with pytest.raises(ValueError, match="the first weight is model.layers.0.mlp.down_proj.weight"):
+        export_packed(str(copy), small[1], tmp_path / "tuned.gguf")
+
+
+ARRAY, UINT32 = 9, 4  # types of values in the metadata of GGUF
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (struct.pack("<IQ", UINT32, 1 << 60) + bytes(64), "an array has 1152921504606846976 elements"),
+        (struct.pack("<IQ", UINT32, 20) + bytes(64), "an array has 20 elements"),
+        (struct.pack("<IQ", ARRAY, 1) * 3000 + struct.pack("<IQ", UINT32, 0), "too many arrays in arrays"),
+        (struct.pack("<I", UINT32), "it ends too early"),
+    ],
+)
+def test_a_length_in_a_file_that_reaches_past_its_end_is_an_error_at_once(tmp_path, array, words):
+    name = b"general.architecture"
+    head = struct.pack("<Q", len(name)) + name + struct.pack("<I", ARRAY)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + head + array)
+    with pytest.raises(ValueError, match=f"no GGUF file, or it is damaged: {words}"):
+        GgufFile(tmp_path / "model.gguf")
 
 
 # ---- in place --------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def two_of(case="llama-grouped", dtype=torch.float32, **config):
 # ---- choosing ------------------------------------------------------------------------------------------
 
 
-CHOICES = ({}, {"seed": 3}, {"selection": "weight", "order": "smallest"}, {"budget": 9000}, {"align": 4})
+CHOICES = ({}, {"seed": 3}, {"selection": "weight", "order": "smallest"}, {"budget": 9000}, {"align": 2})
 
 
 @pytest.mark.parametrize("case, options", in_turn(DENSE, CHOICES))

@@ -101,11 +101,17 @@ def test_a_layer_without_selected_units_is_not_mounted():
         s2ft.detach(model)
 
 
-def test_align_rounds_numbers_down_and_keeps_smaller_ones():
-    config = {"d_ratio": 0.35, "o_ratio": 0.25, "selection": "weight"}
-    plain, aligned = s2ft.select(MODEL, S2FTConfig(**config)), s2ft.select(MODEL, S2FTConfig(**config, align=8))
+def test_align_rounds_numbers_down_and_keeps_fewer_heads_whose_elements_are_a_multiple():
+    config = {"d_ratio": 0.36, "o_ratio": 0.25, "selection": "weight"}
+    plain, aligned = s2ft.select(MODEL, S2FTConfig(**config)), s2ft.select(MODEL, S2FTConfig(**config, align=2))
     for path, units in plain.units.items():
         number = units.numel()
-        assert aligned[path].numel() == (number - number % 8 if number >= 8 else number)
+        assert aligned[path].numel() == (number - number % 2 if number >= 2 else number)
         assert set(aligned[path].tolist()) <= set(units.tolist())
     assert any(aligned[path].numel() < units.numel() for path, units in plain.units.items())
+
+
+@pytest.mark.parametrize("size", [{"d_ratio": 0.35}, {"d_ratio": 1.0, "budget": 600}])
+def test_align_above_the_number_of_units_is_an_error(size):
+    with pytest.raises(ValueError, match="align=64 can't be met: .*down_proj would train .* units"):
+        s2ft.select(MODEL, S2FTConfig(**size, align=64))
