@@ -355,7 +355,7 @@ def on_devices(
 
 
 def _whole_bytes(model: nn.Module, parts: list[str]) -> dict[str, int]:
-    """Return the bytes of each part's frozen weights that transformers' plan leaves whole, such as norms and experts."""
+    """Return the bytes of each part's frozen weights that transformers' plan leaves whole: norms, experts."""
     whole = dict.fromkeys(parts, 0)
     for name, parameter in model.named_parameters():
         module = name.rpartition(".")[0]
