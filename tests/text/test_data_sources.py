@@ -244,6 +244,7 @@ BAD_FILES = {  # content, and words of the message
     "cut.jsonl.gz": (gzip.compress(lines().encode(), mtime=0)[:40], "can't be read"),
     "a.txt": (b"plain", "plain text: write JSON lines"),
     "a.xlsx": (b"PK\x03\x04\xc0", "a spreadsheet: save it as CSV"),
+    "long.csv.gz": (gzip.compress(b"question,answer\n1,2\n" + b"3," * 2**25 + b"4", 1), "line 3 has more than 64 MiB"),
     "comma.csv": (b"question,answer\nWhat is 1, 2?,3\n", "more fields than the first line"),
     "A.CSV": (b'question,answer\n"a,b\n', "can't be read as csv"),
     "no-header.csv": (b"What is 1?,one\nWhat is 2?,two\n", "What is 1"),
