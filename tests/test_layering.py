@@ -11,7 +11,7 @@ parse = functools.cache(ast.parse)  # most tests read all files
 
 # The lowest rank is first. Folders and modules of one line do not import each other.
 RANKS = [
-    ["packages", "files"],
+    ["packages", "foreign", "files"],
     ["config", "distributed"],
     ["codecs", "ops"],
     ["layers"],

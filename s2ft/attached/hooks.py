@@ -92,6 +92,7 @@ from s2ft.distributed import (
 )
 from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import json_entry
+from s2ft.foreign import check_mentioned
 from s2ft.layers import S2Layer, act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.checkpoint import INDEX, WEIGHTS
 from s2ft.model.coupling import Coupling, by_key
@@ -802,6 +803,8 @@ skip_code(before_forward.__code__)  # a compiled model runs its hooks outside of
 
 def add_record_and_hooks(model: nn.Module, record: Record) -> None:
     """Give the model its record and s2ft's hooks. This comes before anything changes."""
+    replicate = nn.Module._replicate_for_data_parallel
+    check_mentioned(replicate, "_is_replica", "torch", "copies that nn.DataParallel makes of a model")
     set_record(model, record)
     model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
     _remove_hooks(model)

@@ -1,5 +1,6 @@
 """What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, wraps
@@ -12,6 +13,7 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.distributed import Decision, decide, full_shape, is_dtensor, is_spread, reshard_all, will_be_loaded_again
 from s2ft.files.reading import is_patched
+from s2ft.foreign import check_mentioned
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
@@ -486,6 +488,12 @@ def check_parallelism(model: nn.Module) -> None:
 
 def check_not_offloaded(model: nn.Module) -> None:
     """Raise ValueError if hooks of accelerate bring weights of the model from other memory or a disk."""
+    hooks = sys.modules.get("accelerate.hooks")  # without it no model has its hooks
+    if hooks is not None:
+        purpose = "weights that accelerate keeps elsewhere"
+        check_mentioned(hooks.add_hook_to_module, "_hf_hook", "accelerate", purpose)
+        check_mentioned(hooks.AlignDevicesHook.__init__, "offload", "accelerate", purpose)
+        check_mentioned(hooks.SequentialHook.__init__, "hooks", "accelerate", purpose)
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):

@@ -17,7 +17,9 @@ from s2ft.attached.mounting import mount
 from s2ft.attached.record import Record, check_unattached
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import is_spread
+from s2ft.foreign import read
 from s2ft.layers import S2Layer, kind_of
+from s2ft.model.checkpoint import is_of_transformers
 from s2ft.model.coupling import Coupling
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
@@ -39,7 +41,7 @@ def make_shadow(
     """
     check_unattached(model)
     found = find_couplings(model, couplings, example, config)
-    wanted = _wanted_dtypes(model, dtype)
+    wanted = wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
     for path, module in model.named_modules():
         quantized = kind_of(module).read_only
@@ -86,13 +88,16 @@ def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
-def _wanted_dtypes(model: Any, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
+def wanted_dtypes(model: Any, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
     """Return the dtypes of the weights after loading in `dtype`, by id. A model may keep some weights in float32."""
     if dtype is None:
         return {}
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    plan = {}
+    if is_of_transformers(model):
+        purpose = "weights that stay in float32"
+        plan = read(model, "_get_dtype_plan", "transformers", purpose)(dtype)
     wanted = {}
     for name, tensor in model.state_dict(keep_vars=True).items():  # buffers outside it are not loaded either
         if isinstance(tensor, Tensor) and tensor.is_floating_point():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from s2ft.files.plain_text import check_output
 from s2ft.files.reading import StoredTensor, checksum, lay_out
+from s2ft.foreign import read
 from s2ft.model.checkpoint import INDEX, CannotStream, Group, StoredWeights, open_checkpoint, saving_groups, tied_names
 from s2ft.model.coupling import Projection, by_key
 from s2ft.model.weights import Delta, WeightHandle, weight_at
@@ -164,7 +165,7 @@ class MergedWeights:
 def saved_names(model: nn.Module) -> list[str]:
     """The names of the weights that `save_pretrained` of transformers writes: a tied weight has one of its names."""
     state = model.state_dict()
-    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+    for name in read(model, "_keys_to_ignore_on_save", "transformers", "weights that are not saved") or ():
         state.pop(name, None)
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 

@@ -21,6 +21,8 @@ from s2ft.attached.loading import disable_adapters
 from s2ft.attached.record import find_record, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import is_spread, reshard_all
+from s2ft.foreign import read
+from s2ft.model.checkpoint import is_of_transformers
 from s2ft.model.running import evaluation_mode, replaced
 from s2ft.selection.batches import IGNORED, is_encoder_decoder
 from s2ft.text.data import DataOptions, load_rows
@@ -197,12 +199,18 @@ def base_switch(model: Any) -> Callable[[], AbstractContextManager] | None:
         ...     logits = model(input_ids).logits
     """
     model = unwrapped(model)
-    if _is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):  # transformers' own use of PEFT
+    if _is_peft_model(model) or _has_peft_of_transformers(model):
         return lambda: _without_peft(model)
     record = find_record(model)
     if record is None:
         return None
     return lambda: without_trainable(model) if record.trains else disable_adapters(model)
+
+
+def _has_peft_of_transformers(model) -> bool:
+    if not is_of_transformers(model):
+        return False
+    return read(model, "_hf_peft_config_loaded", "transformers", "adapters that it has added to a model")
 
 
 def _is_peft_model(model) -> bool:

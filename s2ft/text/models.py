@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.files.plain_text import first_line
+from s2ft.foreign import read
 from s2ft.packages import check_packages
 
 # Modules that import torch are imported in functions: the options of the command line need this module.
@@ -329,7 +330,7 @@ def keep_in_float32(model) -> None:
     """Cast the weights of a model on the meta device that transformers loads in float32 only."""
     import torch
 
-    plan = getattr(model, "_get_dtype_plan", lambda _: {})  # releases without it can not be streamed anyway
+    plan = read(model, "_get_dtype_plan", "transformers", "weights that stay in float32")
     patterns = [pattern.replace("*", ".*") for pattern in plan(model.dtype)]
     for name, parameter in model.named_parameters():
         if any(re.search(pattern, name) for pattern in patterns):

@@ -236,15 +236,27 @@ def check_divided_rows(model: nn.Module, arguments) -> None:
         )
 
 
+# Values of transformers' `layer_types` whose only tie between the tokens of a row is attention. Others are refused.
+DIVIDED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
 def _why_not_divided(model: nn.Module) -> str:
     attention = model.config.get_text_config()._attn_implementation
     if attention != "sdpa":
         return f"its attention is {attention!r}, and PyTorch divides that of --attn-implementation sdpa only"
-    if getattr(model, "_is_stateful", False):
+    if has_state(model):
         return "its layers have a state that goes along the row"
     if not has_standard_loss(model):
         return "it does not use the standard loss of causal language models"
     return run_where_weights_are("the trial of divided rows", model, lambda: _try_shifted_labels(model))
+
+
+def has_state(model: nn.Module) -> bool:
+    """Return whether layers carry a state or a convolution along the row, as Mamba and linear attention do."""
+    if getattr(model, "_is_stateful", False):  # older releases of transformers mark such models, 5.25 does not
+        return True
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return bool(layer_types - DIVIDED_LAYERS) or any(isinstance(module, nn.Conv1d) for module in model.modules())
 
 
 def _try_shifted_labels(model: nn.Module) -> str:

@@ -16,6 +16,7 @@ from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from s2ft.attached.active import without_trainable
 from s2ft.distributed import ranks_sharing
+from s2ft.foreign import check_mentioned
 from s2ft.model.running import evaluation_mode
 from s2ft.sync.trl_trainers import with_slices
 from s2ft.text.encoding import IGNORED, context_length
@@ -47,6 +48,8 @@ class RunMethods:
         self._before = [(config, dict(vars(config))) for config in configs if config is not None]
         self._inner, self._forward = inner, inner.__dict__.get("forward")
         super().__init__(model, *args, **options)
+        if self.args.neftune_noise_alpha is not None:
+            check_mentioned(Trainer, "neftune_hook_handle", "transformers", "NEFTune's hook, to remove it")
         for parameter, data in trained.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
@@ -59,7 +62,7 @@ class RunMethods:
         for config, values in self._before:
             vars(config).clear()
             vars(config).update(values)
-        noise = getattr(self, "neftune_hook_handle", None)
+        noise = getattr(self, "neftune_hook_handle", None)  # checked by the constructor
         if noise is not None:  # transformers removes it after the last step, but not after an error
             noise.remove()
             self._inner.get_input_embeddings().__dict__.pop("neftune_noise_alpha", None)
