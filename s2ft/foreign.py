@@ -1,7 +1,7 @@
 """Private and undocumented names of other packages. A check that reads one refuses when the name is gone.
 
 `getattr(owner, name, None)` would take a name that a later release has renamed for one that says nothing, and the check
-would pass. tests/foreign_names.py has the table of all such names.
+would pass. tests/support/foreign_names.py has the table of all such names.
 """
 
 from collections.abc import Iterator

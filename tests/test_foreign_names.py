@@ -1,7 +1,9 @@
 """Names of other packages whose absence would skip a check: without the name the check refuses."""
 
+import ast
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 import s2ft
 from tests.support import inside
+from tests.support.foreign_names import WITH_DEFAULT, WITHOUT_DEFAULT
 from tests.support.inside import MissingForeignName, check_mentioned, read
 
 
@@ -139,3 +142,49 @@ def test_a_name_that_is_there_is_read():
 def test_models_without_accelerate_need_no_names_of_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "accelerate.hooks", raising=False)
     check_offloaded(nn.Linear(2, 2))
+
+
+# ---- the table of names is complete ---------------------------------------------------------------------
+
+ROOT = Path(s2ft.__file__).parent
+
+
+def is_private(name):
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+
+
+def own_names(trees):
+    """The names that s2ft itself defines."""
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                yield node.attr
+
+
+def names_read(tree):
+    """Private names that a file reads, each with whether a default stands in for it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr, False
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("s2ft"):
+            yield from ((part, False) for part in (*node.module.split("."), *(alias.name for alias in node.names)))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+            if node.func.id in ("getattr", "hasattr") and isinstance(node.args[1], ast.Constant):
+                yield node.args[1].value, node.func.id == "hasattr" or len(node.args) > 2
+
+
+def test_every_private_name_of_another_package_is_in_the_table():
+    trees = [ast.parse(path.read_text()) for path in ROOT.rglob("*.py")]
+    own = {*own_names(trees), "_s2ft_values"}
+    found = {row for tree in trees for row in names_read(tree) if is_private(row[0]) and row[0] not in own}
+    assert {name for name, _ in found} - set(WITH_DEFAULT) - WITHOUT_DEFAULT == set()
+    assert {name for name, default in found if default} - set(WITH_DEFAULT) == set()
+
+
+def test_each_name_that_is_refused_has_a_row():
+    refused = {name for name, foreign in WITH_DEFAULT.items() if foreign.when_gone == "refused"}
+    assert refused <= {row.name for row in ROWS}
