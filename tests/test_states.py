@@ -73,6 +73,34 @@ def test_another_base_is_refused_and_nothing_changes(layout):
     assert same(model.state_dict(), before)
 
 
+def test_an_average_put_in_by_data_is_gone_from_the_next_evaluation():
+    model = trained("llama-grouped")
+    slices = [parameter for name, parameter in model.named_parameters() if name.endswith(".s2")]
+    with torch.no_grad():
+        trained_values = [values.clone() for values in slices]
+        expected = output_of(model.eval())
+        for values in slices:
+            values.data.mul_(2)
+        assert not torch.equal(output_of(model.eval()), expected)
+        for values, own in zip(slices, trained_values):
+            values.data.copy_(own)
+        assert torch.equal(output_of(model.eval()), expected)
+
+
+def test_a_hook_of_one_optimizer_reads_the_weights_of_the_step_before():
+    model = trained("llama-grouped")
+    layer = next(module for module in model.modules() if hasattr(module, "s2"))
+    output_of(model)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD([layer.s2], lr=1.0)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(layer.weight.detach().clone()))
+    layer.s2.grad = torch.ones_like(layer.s2)
+    optimizer.step()
+    assert torch.equal(seen[0], before)
+    assert not torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_a_cast_also_casts_the_saved_base_values(dtype, tmp_path):
     model = with_loaded(model_of("llama-grouped"), saved_adapter(trained("llama-grouped"), tmp_path))

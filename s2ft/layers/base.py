@@ -401,6 +401,17 @@ class S2Layer(nn.Module):
         """
         self.__dict__["_may_have_changed"] = not isinstance(self.base, list)  # by nn.Module it takes 4 µs
 
+    def train(self, mode: bool = True) -> "S2Layer":
+        """Set the mode, as in ``eval()`` before an evaluation, and make the next forward write the slice.
+
+        An average of earlier values is often put in the place of s2 for an evaluation, and taken away after it, by
+        ``s2.data``, which has no version.
+        """
+        super().train(mode)
+        if self.base is not None:
+            self.write_before_next_forward()
+        return self
+
     def after_step(self) -> bool:
         """Called after an optimizer has changed s2.
 
@@ -493,8 +504,9 @@ class S2Layer(nn.Module):
     def fuse(self) -> None:
         """Write base + s2 into `weight` now, as the next forward would do if s2 has changed.
 
-        It is needed only where other code has written into ``s2.data`` and neither a backward nor an optimizer's step
-        came after it. A forward of the whole model with gradients writes anyway, unless the weights are sharded.
+        It is needed only where other code has written into ``s2.data`` and neither a backward, an optimizer's step nor
+        a call of ``train()`` or ``eval()`` came after it. A forward of the whole model with gradients writes anyway,
+        unless the weights are sharded.
 
         Raises:
             RuntimeError: The adapter is off, or the weight is quantized.
