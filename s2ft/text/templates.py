@@ -257,7 +257,10 @@ def _answers_by_prompts(tokenizer, messages, template, tools, text, prompts, tra
     start = len(prompts[last]) if last in prompts else max(text.find(answer), 0)
     if text.startswith(prompts.get(last, "")) and _kept(messages[last], text[start:]):
         text = text.rstrip()  # templates write a line break after the end-of-turn token
-        if text.endswith(answer.strip()) and not text.endswith(tuple(tokenizer.all_special_tokens)):
+        is_ended = text.endswith(tuple(tokenizer.all_special_tokens))
+        if not answer.strip():  # every text ends with a blank answer: what follows the prompt is the template's end
+            is_ended = is_ended or bool(text[start:])
+        if text.endswith(answer.strip()) and not is_ended:
             text += end
     elif last not in prompts or messages[last].get("tool_calls") or not _kept(messages[last], text):
         raise _left_out(messages[last])

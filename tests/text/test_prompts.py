@@ -178,6 +178,20 @@ def test_templates_of_trl_have_its_assistant_masks_and_the_prompts_of_generation
     assert [label >= 0 for label in labels] == [bool(bit) for bit in expected["assistant_masks"]]
 
 
+@pytest.mark.parametrize("answer", ["2", "", " \n"])
+def test_an_answer_has_one_end_also_if_it_is_blank(answer):
+    tokenizer = tiny_tokenizer()
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[/{{ m.role }}]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    messages = ({"role": "user", "content": "1+1"}, {"role": "assistant", "content": answer})
+    rendered = render_chat(tokenizer, messages, template)
+    assert rendered.text == f"[user]1+1[/user][assistant]{answer.strip()}[/assistant]"
+    start, end = rendered.spans[-1]
+    assert rendered.text[start:end] == f"{answer.strip()}[/assistant]"
+
+
 def test_template_that_changes_earlier_answers_is_replaced_by_that_of_trl(caplog):
     caplog.set_level("INFO")
     qwen = (OF_TRL / "qwen3.jinja").read_text()
