@@ -35,7 +35,6 @@ KINDS = {  # endings of files, and what reads them
     ".arrow": "arrow",
 }
 LONGEST_CSV_LINE = 64 * 2**20  # in bytes
-LONGEST_CSV_LINE = 64 * 2**20  # in bytes
 INFOS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the data
 SAVED = "state.json"  # in the folder of one split that `datasets` has saved
 BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's configurations use as `path`
@@ -181,29 +180,6 @@ def _table(path: Path, kind: str) -> Rows:
         yield from _numbered(path, map(_row, rows))
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
-
-
-def _check_line_lengths(path: Path) -> None:
-    """Find a line that no row needs, for which pandas would take several times its memory.
-
-    Raises:
-        ValueError: A line is longer than LONGEST_CSV_LINE.
-    """
-    import fsspec
-
-    length = 0
-    line_breaks = 0
-    with fsspec.open(path, "rb", compression="infer") as file:
-        while block := file.read(2**20):
-            line_breaks += block.count(b"\n")
-            if b"\n" in block:
-                length = len(block) - block.rfind(b"\n") - 1
-            else:
-                length += len(block)
-            if length > LONGEST_CSV_LINE:
-                raise ValueError(
-                    f"line {line_breaks + 1} has more than {LONGEST_CSV_LINE >> 20} MiB: is a line break missing?"
-                )
 
 
 def _check_line_lengths(path: Path) -> None:
