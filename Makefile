@@ -1,10 +1,14 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Both create the environment that they need.
 PYTHON ?= python3
-VENV ?= .venv
+# The environment gets the releases of constraints.txt, with which the tests have passed. NEWEST=1 makes a second one with
+# the newest releases of everything.
+NEWEST ?=
+VENV ?= $(if $(NEWEST),.venv/newest,.venv)
+CONSTRAINED := $(if $(NEWEST),,-c constraints.txt)
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo everything gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check
+.PHONY: demo everything gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean constraints test-lm-eval wheel wheel-check
 
 demo: $(VENV)/.demo
 	$(BIN)/s2ft demo
@@ -61,6 +65,10 @@ test-lm-eval: $(VENV)/.installed
 # the page "What ran where" of it. It can be interrupted and started again. SUITES="vllm peft" names some.
 everything: $(VENV)/.quantized
 	$(BIN)/python release/suites.py $(SUITES)
+
+# Write constraints.txt and s2ft/tested.json, if the suite "newest" has passed with what would be written.
+constraints: $(VENV)/.torch
+	$(BIN)/python release/constraints.py
 
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed
@@ -127,33 +135,37 @@ wheel: $(VENV)/.torch
 	$(BIN)/python release/build_wheel.py
 
 # Check the newest wheel in dist/, install it in empty environments that have PyTorch alone, and train there. Each
-# environment downloads about 3 GB once. PAIRS="3.10:2.11 3.13:newest" names some of them; PAIRS=--file checks the file alone.
+# environment downloads about 3 GB once. PAIRS="3.11:2.11 3.13:newest" names some of them; PAIRS=--file checks the file alone.
 wheel-check:
 	$(PYTHON) release/check_wheel.py $(PAIRS)
 
 # What the demo needs. The build runs without isolation, so that the kernels are compiled against the torch they will run
 # with. pip would compile every module of every package, and Python compiles those that it imports.
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-compile --no-build-isolation -e ".[train]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-compile --no-build-isolation $(CONSTRAINED) -e ".[train]"
 	@grep -q '"compiled": true' s2ft/_build.json || echo "no kernels were compiled: see s2ft.build_info(); make clean tries again"
 	touch $@
 
 # The packages of an extra, without building the kernels a second time.
 PACKAGES = $(BIN)/python -c "from importlib.metadata import requires; \
 	print(*(line.partition(';')[0] for line in requires('s2ft') if '$(1)' in line.partition(';')[2]), sep='\n')" \
-	> $(VENV)/.packages && $(BIN)/pip install --quiet -r $(VENV)/.packages
+	> $(VENV)/.packages && $(BIN)/pip install --quiet $(CONSTRAINED) -r $(VENV)/.packages
 
 $(VENV)/.installed: $(VENV)/.demo
 	$(call PACKAGES,test)
 	touch $@
 
+# The release of the installed PyTorch, without the local part that names a build: the package index has 2.15.0 and knows
+# no 2.15.0+cu132.
+TORCH_RELEASE = $$($(BIN)/python -c 'import torch; print(torch.__version__.partition("+")[0])')
+
 # Packages for the tests of quantized bases and of training with images. The tests are skipped where these packages
 # can't be installed. They are not in the extra `test`, because transformers imports them wherever they are installed,
 # and because a torchvision belongs to one torch.
 $(VENV)/.quantized: $(VENV)/.installed
-	$(BIN)/pip install --quiet bitsandbytes compressed-tensors torchao \
+	$(BIN)/pip install --quiet $(CONSTRAINED) bitsandbytes compressed-tensors torchao \
 		|| echo "no bitsandbytes, compressed-tensors or torchao: quantized bases are not tested"
-	$(BIN)/pip install --quiet torchvision "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" \
+	$(BIN)/pip install --quiet $(CONSTRAINED) torchvision "torch==$(TORCH_RELEASE)" \
 		|| echo "no torchvision for this torch: training with images is not tested"
 	touch $@
 

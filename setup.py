@@ -13,7 +13,7 @@ default the architectures are those among 7.5;8.0;9.0;10.0+PTX;12.0 that nvcc kn
 PTX of the highest one. TORCH_CUDA_ARCH_LIST may have PyTorch's names, such as Hopper; what is older than 7.5, as in the
 lists of many containers, is left out.
 
-The module uses Python's limited API, so that one build serves every Python from 3.10 on: a wheel has the tag
+The module uses Python's limited API, so that one build serves every supported Python: a wheel has the tag
 cp310-abi3. Free-threaded Python has no limited API, and gets a build for its own version.
 """
 

@@ -1,6 +1,6 @@
 """Builds the wheel that needs no compiler: python release/build_wheel.py (make wheel).
 
-One file serves every Python from 3.10 on, PyTorch from 2.11 on, its CPU and its CUDA builds, on x86-64 Linux with glibc
+One file serves every Python from 3.11 on, PyTorch from 2.11 on, its CPU and its CUDA builds, on x86-64 Linux with glibc
 2.28 or later. The build has an environment of its own in build/wheel, with nvcc from the package index, and takes
 PyTorch from the Python that runs this. CUDA_HOME names another toolkit, TORCH_CUDA_ARCH_LIST other architectures.
 """

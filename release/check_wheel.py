@@ -2,7 +2,7 @@
 
 First the file: tags, size, the Python and C symbols that it uses, the libraries that it needs and the architectures of
 its GPU code. Then it is installed in empty environments that have PyTorch alone, and release/run_installed.py runs
-there. A pair such as 3.10:2.11 names the Python and the release of PyTorch; "newest" is a release too. Environments
+there. A pair such as 3.11:2.11 names the Python and the release of PyTorch; "newest" is a release too. Environments
 with PyTorch take about 5 GB each and are kept in build/wheel. With --file the file alone is checked.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from environments import ARCHS, ROOT, TORCH_LIBRARIES, environment, packages_of
 
 TOOLS = ("auditwheel", "abi3audit", "nvidia-cuda-cuobjdump")
-PAIRS = ("3.10:2.11", "3.11:2.12", "3.12:2.13", "3.13:newest")
+PAIRS = ("3.11:2.11", "3.12:2.12", "3.12:2.13", "3.13:newest")
 LARGEST = 8_000_000  # bytes
 SLOWEST = 30.0  # seconds of a processor, for s2ft and all that it needs beyond PyTorch; a busy machine takes longer
 GLIBC = (2, 28)

@@ -7,12 +7,13 @@ The status is 1 if a line that must resolve did not. It needs Python 3.11.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
-import tomllib
 from environments import ROOT, environment
 
 TABLE = ROOT / "bench" / "results" / "installs.md"
@@ -69,7 +70,8 @@ def resolve(python: Path, wanted: list[str]) -> tuple[bool, str]:
 
 
 def name_of(requirement: str) -> str:
-    return requirement.partition("[")[0].partition(">")[0].partition("=")[0].lower()
+    """The package of a requirement such as "trl[vllm]>=1.16,<2" or "numpy<3"."""
+    return re.match(r"[\w.-]+", requirement)[0].lower()
 
 
 def main() -> None:

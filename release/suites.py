@@ -77,6 +77,12 @@ TESTS = f"{VENV}/bin/python -m pytest -n auto"
 STATE = f"PYTHONPATH=tests {VENV}/bin/python -m state"
 SUITES = {
     "test": Suite("all tests that are not slow", "make test", 60),
+    "newest": Suite(
+        "all tests that are not slow, with the newest releases of everything",
+        f"make test NEWEST=1 VENV={VENV}/newest",
+        120,
+        "newest",
+    ),
     "slow": Suite("the slow tests", f"{TESTS} -m slow", 240),
     "lint": Suite("style of Python and C++", "make lint", 10),
     "types": Suite("types of the library, and of its API as a strict program sees it", "make types", 10),
@@ -193,6 +199,9 @@ def run(name: str, suite: Suite) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
             code, stopped = process.wait(), f"stopped after {suite.minutes} minutes"
         RUNNING.discard(process.pid)
+    python = VENV / suite.environment / "bin" / "python"
+    if not python.exists():  # the command failed before it made its environment
+        python = Path(sys.executable)
     written = log.read_text(errors="replace").replace(str(VENV), ".venv").replace(f"{ROOT}/", "")  # no machine's paths
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     found = read_report(report) if report.exists() else {"passed": int(code == 0), "failed": int(code != 0)}
@@ -204,8 +213,8 @@ def run(name: str, suite: Suite) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "commit": at,
         "processor": processor(),
-        "python": platform.python_version(),
-        "versions": versions(VENV / suite.environment / "bin" / "python"),
+        "python": output_of(str(python), "-c", "import platform; print(platform.python_version())"),
+        "versions": versions(python),
     }
 
 
@@ -235,7 +244,7 @@ def versions(python: Path) -> dict[str, str]:
         "found = {one.name: one.version for one in reversed(list(distributions()))}\n"
         "print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))"
     )
-    return json.loads(output_of(str(python), "-c", code, *PACKAGES) or "{}") if python.exists() else {}
+    return json.loads(output_of(str(python), "-c", code, *PACKAGES) or "{}")
 
 
 def is_done(result: dict[str, Any] | None) -> bool:

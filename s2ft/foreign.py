@@ -1,14 +1,22 @@
-"""Private and undocumented names of other packages. A check that reads one refuses when the name is gone.
+"""What s2ft knows of other packages: the releases that it was tested with, and names that are not documented.
 
-`getattr(owner, name, None)` would take a name that a later release has renamed for one that says nothing, and the check
-would pass. tests/support/foreign_names.py has the table of all such names.
+A check that reads a private name refuses when the name is gone. `getattr(owner, name, None)` would take a name that a
+later release has renamed for one that says nothing, and the check would pass. tests/support/foreign_names.py has the
+table of all such names.
 """
 
+import json
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import CodeType
 from typing import Any
+
+from packaging.version import Version
+
+# The newest release of each package that the tests have passed with; `make constraints` writes it.
+TESTED = Path(__file__).with_name("tested.json")
 
 
 class MissingForeignName(RuntimeError):
@@ -73,6 +81,25 @@ def _walk(code: CodeType) -> Iterator[str]:
             yield from _walk(constant)
         elif isinstance(constant, str):
             yield constant
+
+
+def newer_than_tested() -> str:
+    """Name the installed packages that are newer than any release that s2ft was tested with.
+
+    Returns:
+        A sentence; empty if there is none.
+    """
+    newer = []
+    for package, tested in json.loads(TESTED.read_text()).items():
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            continue
+        if (
+            Version(installed).release > Version(tested).release
+        ):  # without the part that names a build, as in 2.15.0+cpu
+            newer.append(f"{package} {installed} (tested up to {tested})")
+    return f"newer than any release that s2ft was tested with: {', '.join(newer)}" if newer else ""
 
 
 def _release(package: str) -> str:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -231,7 +231,7 @@ def _line(kind: str, run: ExperimentRun, future: Future) -> dict[str, Any]:
 
 def where() -> dict[str, Any]:
     """Return what a number depends on besides the settings: the processor, the GPU, the day and the versions."""
-    found = {"processor": processor(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+    found = {"processor": processor(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(0)
     found |= {"s2ft": s2ft.__version__, "python": platform.python_version()}

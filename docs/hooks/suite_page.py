@@ -61,3 +61,11 @@ def details(name: str, result: dict[str, Any]) -> str:
     for failure in result.get("failures", ()):
         text += f"\n- failed: `{failure}`"
     return text + "\n"
+
+
+if __name__ == "__main__":
+    # `python docs/hooks/suite_page.py NAME` prints the note of one suite, for the summary of a workflow.
+    results = json.loads(MATRIX.read_text()) if MATRIX.exists() else {}
+    print(line(sys.argv[1], results.get(sys.argv[1]), datetime.date.today()))
+    if sys.argv[1] in results:
+        print(details(sys.argv[1], results[sys.argv[1]]))

@@ -14,6 +14,7 @@ from s2ft.attached.record import Record, coupled_names, find_record, on_unwrappe
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import table
+from s2ft.foreign import newer_than_tested
 from s2ft.model.coupling import Coupling, Projection, by_key, projections_of, unit_name
 from s2ft.model.discovery import STATUSES
 from s2ft.model.parts import outermost, tower_of
@@ -61,6 +62,7 @@ class Report:
             verify=False.
         statistics: Paths of modules whose running statistics training mode changes.
         is_frozen: Whether the adapter was loaded to be used, not to be trained.
+        untested: The installed packages that are newer than any release that s2ft was tested with, in words.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Report:
     unproved: str = ""
     statistics: tuple[str, ...] = ()
     is_frozen: bool = False
+    untested: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
@@ -104,6 +107,7 @@ class Report:
             statistics=tuple(
                 path for path, one in model.named_modules() if getattr(one, "running_mean", None) is not None
             ),
+            untested=newer_than_tested(),
         )
 
     @classmethod
@@ -132,6 +136,7 @@ class Report:
             towers=_towers(model, record.couplings, dtypes, extra_weights),
             couplings=_counted(coupling.status for coupling in record.custom_couplings or ()),
             is_frozen=True,
+            untested=newer_than_tested(),
         )
 
     @classmethod
@@ -200,6 +205,7 @@ class Report:
         )
         lines += self._about_couplings()
         lines += [self.unproved] if self.unproved else []
+        lines += [self.untested] if self.untested else []
         if self.statistics:
             lines.append(
                 f"training mode changes the running statistics of {len(self.statistics)} modules, the first of them "

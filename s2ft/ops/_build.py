@@ -12,6 +12,7 @@ import torch
 
 from s2ft import __version__
 from s2ft.files.reading import json_entry
+from s2ft.foreign import newer_than_tested
 
 # ---- which GPUs the kernels of a build run on: from plain numbers, so that every case can be tested without a GPU ----
 
@@ -197,12 +198,13 @@ def build_info() -> dict[str, Any]:
         - ``cuda_reason``: Which implementation CUDA tensors use and why, as a sentence.
         - ``cuda_ops``: For every op, what CUDA tensors use: "CUDA" or "PyTorch". Empty before CUDA starts.
         - ``ops``: For every op, the devices with a registered kernel. Other devices use the PyTorch implementation.
+        - ``untested``: The installed packages that are newer than any release that s2ft was tested with, as a sentence.
 
     Example:
         >>> info = s2ft.build_info()
         >>> sorted(info)
         ['archs', 'compiled', 'compiler', 'cuda', 'cuda_ops', 'cuda_reason', 'cuda_version', 'ops', 'reason', 'torch',
-        'version']
+        'untested', 'version']
         >>> "sliced_linear" in info["ops"]
         True
     """
@@ -224,4 +226,5 @@ def build_info() -> dict[str, Any]:
         "cuda_reason": _cuda_reason,
         "cuda_ops": on_cuda if torch.cuda.is_initialized() else {},  # it is not decided before
         "ops": kernels,
+        "untested": newer_than_tested(),
     }

@@ -26,6 +26,7 @@ from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.reading import gguf_files
+from s2ft.foreign import newer_than_tested
 from s2ft.packages import check_packages
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import text_batches
@@ -218,6 +219,9 @@ def train(run: Run, config_text: Any) -> None:
     """
     run = replace(run, config=config_of(run))
     arguments, options, folder = run.arguments, run.options, run.folder
+    untested = newer_than_tested()
+    if untested:
+        run.say(untested)
     check_can_shard(arguments)
     check_packages_of_run(arguments)
     check_packages("a model in 4 or 8 bit" if run.model.quantized else "")
@@ -337,7 +341,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
             contents=contents,
             may_change=() if run.keeps_best else (HELD_OUT_ROWS,),
         )
-        print(report, flush=True)
+        print(replace(report, untested=""), flush=True)  # the first line of the run has said it
     ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
 
 

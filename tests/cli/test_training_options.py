@@ -41,6 +41,15 @@ def test_a_loss_that_rises_is_a_warning(work, caplog, monkeypatch):
     assert "the loss has risen from" in caplog.text and "which was 0.01" in caplog.text
 
 
+def test_the_first_line_of_a_run_names_a_release_that_is_newer_than_any_tested_one(work, monkeypatch, caplog, capsys):
+    monkeypatch.setattr("s2ft.foreign.version", lambda package: "99.1")
+    caplog.set_level("INFO")
+    assert sft(work, work / "newer", steps=1) == 0
+    first, *others = [record.message for record in caplog.records if record.name.startswith("s2ft")]
+    assert "transformers 99.1 (tested up to" in first and not any("tested with" in line for line in others)
+    assert "tested with" not in capsys.readouterr().out  # the report does not say it again
+
+
 SLOW = pytest.mark.slow
 # The largest difference of trained values from those of a plain run, relative to the largest value, or the mean
 # difference relative to the mean value. None: the option changes the training.

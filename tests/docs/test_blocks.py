@@ -51,10 +51,6 @@ def test_no_block_is_missed(page):
     assert len(list(reasons(page))) >= sum(language in RUN for language in opened)
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
-
-
 # ---- the runner itself ------------------------------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ MODULES = {
     "ops.act_mul": "ACTIVATIONS reference reference_backward",
     "ops.in_place": "check_distinct effective_units WRITING",
     "ops.multi_adapter_linear": "reference:multi_adapter_linear_reference without_waiting",
-    "foreign": "check_mentioned MissingForeignName read",
+    "foreign": "check_mentioned MissingForeignName newer_than_tested read",
     "packages": "BITSANDBYTES check_packages is_installed MissingPackages NEEDS",
     "peft.layer": "S2FTPeftExperts",
     "selection": "ALLOCATIONS metrics select:select_units unit_parameters",
