@@ -13,7 +13,7 @@ over has to take the module's place in that list. Its s2 has to be on the list t
 gradient reduced over the ranks: it joins the group of the frozen weight, and is gathered and reduced with its block.
 
 PyTorch has no public way for either. The private names that are needed are looked up in this module only. They are the
-same in torch 2.11 to 2.13.
+same in torch 2.11 to 2.15.
 """
 
 import json
@@ -31,6 +31,8 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from s2ft.foreign import check_mentioned, read
 
 LONGEST_PAUSE = 0.5  # seconds between two looks at the store
 _counts: Counter = Counter()  # calls by name, the same on every rank: they number the keys in the store
@@ -296,7 +298,16 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[Any]:
 
 
 def is_partitioned(tensor: Tensor) -> TypeGuard[Any]:
-    """Whether ZeRO-3 holds this parameter."""
+    """Whether ZeRO-3 holds this parameter.
+
+    Raises:
+        MissingForeignName: The installed DeepSpeed marks such parameters in another way.
+    """
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")  # without it no parameter is partitioned
+    if zero is None:
+        return False
+    for name in ("ds_id", "ds_shape", "ds_numel"):
+        check_mentioned(zero.Init, name, "deepspeed", "parameters that ZeRO-3 has partitioned")
     return hasattr(tensor, "ds_id")
 
 
@@ -307,7 +318,7 @@ def is_spread(tensor: Tensor) -> bool:
 
 def full_shape(tensor: Tensor) -> torch.Size:
     """The shape of a tensor in full. While ZeRO-3 has partitioned a parameter, its own shape is empty."""
-    return getattr(tensor, "ds_shape", tensor.shape)
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -363,10 +374,7 @@ def check_not_in_engine(model: nn.Module, what: str, removes: bool = False) -> N
         removes: Whether the change only takes layers away. ZeRO-1 and ZeRO-2 leave the weights whole, so that a model
             can be taken out of their engines.
     """
-    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
-    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()) or (
-        not removes and any(map(has_master_copy, model.parameters()))
-    ):
+    if _is_in_zero3(model) or (not removes and any(map(has_master_copy, model.parameters()))):
         raise ValueError(
             f"{what} would change the layers of a model that DeepSpeed's engine holds, and its hooks and its optimizer "
             "know only what was there when deepspeed.initialize made them: do this before deepspeed.initialize (before "
@@ -374,10 +382,33 @@ def check_not_in_engine(model: nn.Module, what: str, removes: bool = False) -> N
         )
 
 
+def _is_in_zero3(model: nn.Module) -> bool:
+    """Whether the engine of ZeRO-3 holds a model: it gives every module a dict of parameters of its own class."""
+    offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if offload is None:
+        return False
+    kind = read(offload, "ZeROOrderedDict", "deepspeed", "models that the engine of ZeRO-3 holds")
+    return any(isinstance(module._parameters, kind) for module in model.modules())
+
+
 def has_master_copy(tensor: Tensor) -> TypeGuard[Any]:
-    """Whether ZeRO's optimizer has the exact values of this parameter, and would overwrite the parameter with them."""
+    """Whether ZeRO's optimizer has the exact values of this parameter, and would overwrite the parameter with them.
+
+    Raises:
+        MissingForeignName: The installed DeepSpeed marks such parameters in another way.
+    """
+    purpose = "parameters of which ZeRO's optimizer has the exact values"
+    links = sys.modules.get("deepspeed.utils.mixed_precision_linkage")  # stages 1 and 2 use it
+    if links is not None:
+        check_mentioned(links.link_hp_params, "_hp_mapping", "deepspeed", purpose)
+        if hasattr(tensor, "_hp_mapping"):
+            return True
+    stage3 = sys.modules.get("deepspeed.runtime.zero.stage3")
+    if stage3 is None:
+        return False
+    check_mentioned(stage3.DeepSpeedZeroOptimizer_Stage3, "_z3_optimizer", "deepspeed", purpose)
     # ZeRO-3 marks frozen parameters too, and has no copy of them.
-    return hasattr(tensor, "_hp_mapping") or (hasattr(tensor, "_z3_optimizer") and tensor.requires_grad)
+    return hasattr(tensor, "_z3_optimizer") and tensor.requires_grad
 
 
 def will_be_loaded_again() -> bool:
@@ -628,7 +659,7 @@ def _own_start(tensor: Any, dim: int, length: int) -> int | Tensor:
     cutting = [axis for axis, placement in enumerate(tensor.placements) if is_cut(placement, dim)]
     if not cutting:
         return 0
-    if len(cutting) == 1 and not hasattr(tensor.placements[cutting[0]], "split_factor"):
+    if len(cutting) == 1 and not _is_strided(tensor.placements[cutting[0]]):
         # equal shares, rounded up; the last ranks have the rest
         return min(size, mesh.get_local_rank(cutting[0]) * -(-size // mesh.size(cutting[0])))
     own = torch.arange(size)
@@ -642,7 +673,14 @@ def _own_start(tensor: Any, dim: int, length: int) -> int | Tensor:
 def is_cut(placement: Any, dim: int | None = None) -> bool:
     """Whether a placement of a DTensor cuts it along a dimension; None: along any."""
     # is_shard does not count _StridedShard
-    return (placement.is_shard() or hasattr(placement, "split_factor")) and dim in (None, placement.dim)
+    return (placement.is_shard() or _is_strided(placement)) and dim in (None, placement.dim)
+
+
+def _is_strided(placement: Any) -> bool:
+    """Whether a placement cuts a dimension group by group."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return isinstance(placement, _StridedShard)
 
 
 def cut_by(placement: Any, elements: Tensor, ranks: int) -> list[Tensor]:
@@ -650,7 +688,8 @@ def cut_by(placement: Any, elements: Tensor, ranks: int) -> list[Tensor]:
 
     A packed weight (gate and up in one) is cut group by group.
     """
-    pieces = [_chunks(group, ranks) for group in _chunks(elements, getattr(placement, "split_factor", 1))]
+    groups = placement.split_factor if _is_strided(placement) else 1
+    pieces = [_chunks(group, ranks) for group in _chunks(elements, groups)]
     return [torch.cat([piece[rank] for piece in pieces]) for rank in range(ranks)]
 
 
@@ -789,6 +828,14 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """The class of a model without what FSDP2 has derived from it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return type(model)
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, fsdp.FSDPModule))
+
+
 def _groups(model: nn.Module) -> list[Any]:
     """Every group of parameters that FSDP2 gathers together."""
     found: dict[int, Any] = {}
@@ -848,7 +895,9 @@ def fsdp_shard_slices(model: nn.Module, layers: list[nn.Module]) -> None:
 
 def _refresh(group: Any) -> None:
     """Let FSDP2 read the parameters of a group again, if it has since a first forward kept what it read of them."""
-    if hasattr(group.fsdp_params[0], "orig_dtype"):
+    first = group.fsdp_params[0]
+    check_mentioned(type(first), "orig_dtype", "torch", "parameters that FSDP2 has read in a first forward")
+    if hasattr(first, "orig_dtype"):
         group._init_mp_dtypes()
         getattr(group, "_init_reduce_scatter_param_order", list)()  # from PyTorch 2.15 on
 

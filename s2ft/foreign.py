@@ -47,6 +47,7 @@ def read(owner: Any, name: str, package: str, purpose: str) -> Any:
         raise MissingForeignName(package, name, purpose) from None
 
 
+@cache  # a release is the same for the whole process
 def check_mentioned(function: Any, name: str, package: str, purpose: str) -> None:
     """Check that a package's function still uses a name. It is for attributes that few objects have.
 
@@ -95,9 +96,8 @@ def newer_than_tested() -> str:
             installed = version(package)
         except PackageNotFoundError:
             continue
-        if (
-            Version(installed).release > Version(tested).release
-        ):  # without the part that names a build, as in 2.15.0+cpu
+        # `release` leaves out the part that names a build, as in 2.15.0+cpu
+        if Version(installed).release > Version(tested).release:
             newer.append(f"{package} {installed} (tested up to {tested})")
     return f"newer than any release that s2ft was tested with: {', '.join(newer)}" if newer else ""
 

@@ -36,6 +36,7 @@ that reads a weight past its layer, and for weights that are spread over ranks, 
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -182,16 +183,18 @@ def restore_forwards(model: nn.Module, record: Record) -> None:
 def add_checkpoint_hooks(model: nn.Module, trained: Collection[str]) -> None:
     """Register hooks on transformers' checkpointable blocks that contain trained modules. trained: paths of modules."""
     remove_checkpoint_hooks(model)
-    blocks = {
-        module: kind
+    modeling = sys.modules.get("transformers.modeling_layers")
+    if modeling is None:  # no model of transformers
+        return
+    kind = modeling.GradientCheckpointingLayer
+    blocks = [
+        module
         for path, module in model.named_modules()
-        for kind in type(module).__mro__
-        if kind.__name__ == "GradientCheckpointingLayer" and any(one.startswith(f"{path}.") for one in trained)
-    }
-    # up to 5.20 transformers runs a block's hooks inside its checkpoint
-    if any("__call__" in vars(kind) for kind in blocks.values()):
+        if isinstance(module, kind) and any(one.startswith(f"{path}.") for one in trained)
+    ]
+    if blocks and "__call__" in vars(kind):  # up to 5.20 transformers runs a block's hooks inside its checkpoint
         for embeddings in _embeddings(model):
-            embeddings.register_forward_hook(partial(_give_gradient, list(blocks)))
+            embeddings.register_forward_hook(partial(_give_gradient, blocks))
     else:
         for block in blocks:
             block.register_forward_pre_hook(_need_gradient)

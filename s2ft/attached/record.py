@@ -15,6 +15,7 @@ from s2ft.distributed import Decision, decide, full_shape, is_dtensor, is_spread
 from s2ft.files.reading import is_patched
 from s2ft.foreign import check_mentioned
 from s2ft.layers import S2Layer
+from s2ft.model.checkpoint import is_of_compressed_tensors
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.parts import outermost
@@ -422,7 +423,7 @@ def new_record(
             f"{type(model).__name__} was loaded, or is used here, in torch.inference_mode(), whose tensors can't be "
             "changed in place: load it outside, or under torch.no_grad()"
         )
-    packed: Any = (one for one in model.modules() if hasattr(one, "quantization_scheme"))
+    packed: Any = filter(is_of_compressed_tensors, model.modules())
     if any(getattr(one, "weight", None) is None or one.weight.element_size() == 1 for one in packed):
         raise ValueError(
             f"the weights of {type(model).__name__} are packed by compressed-tensors: load the model with "

@@ -17,9 +17,8 @@ from s2ft.attached.mounting import mount
 from s2ft.attached.record import Record, check_unattached
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import is_spread
-from s2ft.foreign import read
 from s2ft.layers import S2Layer, kind_of
-from s2ft.model.checkpoint import is_of_transformers
+from s2ft.model.checkpoint import dtype_plan, is_of_transformers
 from s2ft.model.coupling import Coupling
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
@@ -94,10 +93,7 @@ def wanted_dtypes(model: Any, dtype: torch.dtype | None) -> dict[int, torch.dtyp
         return {}
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    plan = {}
-    if is_of_transformers(model):
-        purpose = "weights that stay in float32"
-        plan = read(model, "_get_dtype_plan", "transformers", purpose)(dtype)
+    plan = dtype_plan(model, dtype) if is_of_transformers(model) else {}
     wanted = {}
     for name, tensor in model.state_dict(keep_vars=True).items():  # buffers outside it are not loaded either
         if isinstance(tensor, Tensor) and tensor.is_floating_point():

@@ -38,7 +38,14 @@ from s2ft.export.streamed import (
     write_weights,
 )
 from s2ft.files.plain_text import check_output
-from s2ft.model.checkpoint import StoredWeights, is_of_transformers, open_checkpoint, read_from, saving_groups
+from s2ft.model.checkpoint import (
+    StoredWeights,
+    conversions_of,
+    is_of_transformers,
+    open_checkpoint,
+    read_from,
+    saving_groups,
+)
 from s2ft.model.coupling import by_key
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.weights import moving_tensors, restoring_moves
@@ -265,7 +272,7 @@ class _ModelSource(BaseSource):
     """
 
     def __init__(self, model: nn.Module, record: Record, plain: nn.Module) -> None:
-        self.transforms = getattr(model, "_weight_conversions", None)
+        self.transforms = conversions_of(model)
         self._tensors = dict(named_tensors(model))
         groups = saving_groups(plain, self.transforms, saved_names(plain))
         self._rest = [name for group in groups for name, _ in group.sources]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from s2ft.distributed import Shard, Split, full_shape, is_dtensor
+from s2ft.foreign import check_mentioned
 from s2ft.layers.base import S2Layer
 from s2ft.ops import effective_units, indexed_linear
 from s2ft.ops._library import autocast_input, is_dynamo_compiling, own_output, runs_directly, transforms_active
@@ -484,10 +485,15 @@ def is_intercepted(module: nn.Module) -> bool:
 
 def is_split(found: nn.Linear) -> bool:
     """Whether tensor parallelism has split a linear layer over ranks, see split_linear.py."""
-    # transformers replaces the forward of a layer that tensor parallelism runs, torch marks the layer
-    return is_dtensor(found.weight) and (
-        "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
-    )
+    if not is_dtensor(found.weight):
+        return False
+    if "forward" in found.__dict__:  # transformers replaces it, torch marks the layer
+        return True
+    from torch.distributed.tensor import distribute_module
+
+    purpose = "layers that tensor parallelism has split"
+    check_mentioned(distribute_module, "_distribute_module_applied", "torch", purpose)
+    return getattr(found, "_distribute_module_applied", False)
 
 
 LINEAR, CONV1D = S2Linear.kinds = LinearKind(), Conv1DKind()

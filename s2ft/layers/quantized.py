@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.codecs.codec import Codec
+from s2ft.foreign import check_mentioned
 from s2ft.layers.base import S2Layer
 from s2ft.layers.linear import Kind
 
@@ -157,6 +158,9 @@ def unpack(layer: Any) -> None:
 
 
 def _is_packed(module: Any) -> bool:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu as pack
+
+    check_mentioned(pack, "packing_format_for_cpu", "bitsandbytes", "weights that are repacked for the CPU")
     return getattr(module.weight.quant_state, "packing_format_for_cpu", False)
 
 

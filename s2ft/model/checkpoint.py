@@ -9,6 +9,7 @@ promise of stability: :func:`_loading` is the only place that knows their names.
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -26,6 +27,7 @@ from s2ft.codecs.packed_folder import PackedFolder, has_codecs
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import sha256_of
 from s2ft.files.reading import StoredTensor, gguf_files, read_json, stored_tensors
+from s2ft.foreign import check_mentioned, read
 from s2ft.model.coupling import by_key
 
 # ---- how transformers makes weights from the tensors of a checkpoint, and back --------------------------------------
@@ -109,6 +111,44 @@ def _loading() -> SimpleNamespace:
 def is_of_transformers(model: nn.Module) -> bool:
     """Whether a model is one of transformers, whose checkpoints may have other names than its weights."""
     return hasattr(model, "base_model_prefix") and hasattr(model, "config")
+
+
+def is_of_compressed_tensors(module: nn.Module) -> bool:
+    """Whether compressed-tensors has prepared a module for quantized weights.
+
+    Raises:
+        MissingForeignName: The installed release marks such modules in another way.
+    """
+    marks = sys.modules.get("compressed_tensors.quantization.lifecycle.apply")  # without it no module has a mark
+    if marks is None:
+        return False
+    set_marks = marks.apply_quantization_config
+    check_mentioned(set_marks, "quantization_scheme", "compressed-tensors", "modules of quantized weights")
+    return hasattr(module, "quantization_scheme")
+
+
+def conversions_of(model: nn.Module) -> list[Any] | None:
+    """The transforms with which transformers loaded a model, for :func:`saving_groups`; None if it was not loaded.
+
+    Raises:
+        MissingForeignName: The installed transformers keeps them elsewhere.
+    """
+    if not is_of_transformers(model):
+        return None
+    from transformers.core_model_loading import revert_weight_conversion
+
+    purpose = "the names that a model's checkpoint had"
+    check_mentioned(revert_weight_conversion, "_weight_conversions", "transformers", purpose)
+    return getattr(model, "_weight_conversions", None)
+
+
+def dtype_plan(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtypes of the weights that transformers does not load in `dtype`, by patterns of their names.
+
+    Raises:
+        MissingForeignName: The installed transformers has no such plan.
+    """
+    return read(model, "_get_dtype_plan", "transformers", "weights that stay in float32")(dtype)
 
 
 def loading_groups(model: nn.Module, stored: Mapping[str, Tensor]) -> tuple[dict[str, Group], list[str], list[Any]]:

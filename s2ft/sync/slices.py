@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from s2ft.distributed import without_zero_init
+from s2ft.distributed import own_class, without_zero_init
 from s2ft.export.streamed import saved_names
-from s2ft.model.checkpoint import Group, is_of_transformers, saving_groups, tied_names
+from s2ft.model.checkpoint import Group, conversions_of, is_of_transformers, saving_groups, tied_names
 from s2ft.sync.trained import AttachedSource, PeftSource, source_of
 from s2ft.sync.wire import DTYPES, SliceSpec, hashes_of
 
@@ -77,12 +77,11 @@ class CheckpointNames:
         self._probed: dict[str, dict[str, list[Tensor]]] = {}
         if not is_of_transformers(model):
             return
-        # A model of the same class without values. FSDP2 derives a class from the model's, which must not be built.
-        own = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+        # A model of the same class without values
         with without_zero_init(), torch.device("meta"):
-            self._model = own(deepcopy(model.config))
+            self._model = own_class(model)(deepcopy(model.config))
         names = saved_names(self._model)
-        for group in saving_groups(self._model, getattr(model, "_weight_conversions", None), names):
+        for group in saving_groups(self._model, conversions_of(model), names):
             self._groups.update({name: group for name, _ in group.sources})
         self._saved = {name: name for name in names}
         for tied in tied_names(self._model):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.files.plain_text import first_line
-from s2ft.foreign import read
 from s2ft.packages import check_packages
 
 # Modules that import torch are imported in functions: the options of the command line need this module.
@@ -74,7 +73,7 @@ def load_model(
     import transformers
 
     from s2ft.codecs.packed_folder import COMPRESSED
-    from s2ft.model.checkpoint import open_checkpoint
+    from s2ft.model.checkpoint import is_of_compressed_tensors, open_checkpoint
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -126,7 +125,7 @@ def load_model(
             module._parameters = {
                 key: parameter
                 for key, parameter in module._parameters.items()
-                if key in ("weight", "bias") or not hasattr(module, "quantization_scheme")
+                if key in ("weight", "bias") or not is_of_compressed_tensors(module)
             }
         model.config._name_or_path = model.name_or_path = str(Path(source, options["gguf_file"])) if is_gguf else name
     if model.config.model_type in ("recurrent_gemma", "rwkv", "xlstm"):
@@ -330,8 +329,9 @@ def keep_in_float32(model) -> None:
     """Cast the weights of a model on the meta device that transformers loads in float32 only."""
     import torch
 
-    plan = read(model, "_get_dtype_plan", "transformers", "weights that stay in float32")
-    patterns = [pattern.replace("*", ".*") for pattern in plan(model.dtype)]
+    from s2ft.model.checkpoint import dtype_plan
+
+    patterns = [pattern.replace("*", ".*") for pattern in dtype_plan(model, model.dtype)]
     for name, parameter in model.named_parameters():
         if any(re.search(pattern, name) for pattern in patterns):
             parameter.data = parameter.data.to(torch.float32)

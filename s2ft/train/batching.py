@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from s2ft.foreign import read
 from s2ft.model.running import evaluation_mode
 from s2ft.text.collator import PackedCollator, SplitCollator, TokenCollator
 from s2ft.text.generation import takes_left_padding
@@ -139,11 +140,12 @@ def takes(model: nn.Module, name: str) -> bool:
 
 def has_varlen_attention(model: nn.Module) -> bool:
     """Return whether the attention of a model on a GPU computes nothing between the rows of one sequence."""
-    return next(model.parameters()).is_cuda and _attention(model).startswith(VARLEN)
+    return _attention(model).startswith(VARLEN) and next(model.parameters()).is_cuda
 
 
 def _attention(model: nn.Module) -> str:
-    return str(getattr(model.config, "_attn_implementation", None) or "attention").removeprefix("paged|")
+    found = read(model.config, "_attn_implementation", "transformers", "the kernel of a model's attention")
+    return str(found or "attention").removeprefix("paged|")
 
 
 def why_not_packed(model: nn.Module, rows, collator: PackedCollator = PackedCollator(0)) -> str:

@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.distributed import all_ranks, full_tensors, is_dtensor, is_partitioned, reshard_all, wait_for_ranks
+from s2ft.distributed import (
+    all_ranks,
+    full_shape,
+    full_tensors,
+    is_dtensor,
+    is_partitioned,
+    reshard_all,
+    wait_for_ranks,
+)
 
 NAMES = "parameter_names"  # for each group, the names of its parameters
 OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas")  # of the state of a schedule: lists with an entry for each group
@@ -248,7 +256,7 @@ def load_zero_state(engine, saved: Mapping[str, Any]) -> list[int | None]:
             key: torch.zeros_like(flat) if _is_whole(value, parameters[0]) else copy.deepcopy(value)
             for key, value in values[parameters[0]].items()
         }
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 look a state up by its parameter
+    if not any(map(is_partitioned, values)):  # stages 1 and 2 look a state up by its parameter
         zero._lazy_init_hp_params_optimizer_state()
     for parameter, of_parameter in values.items():
         for key, value in of_parameter.items():
@@ -279,7 +287,7 @@ def _zero_groups(zero) -> list[list[nn.Parameter]]:
 
 def _is_whole(value: Any, parameter: nn.Parameter) -> bool:
     """Whether a value of the state has an entry for each entry of the parameter."""
-    return isinstance(value, Tensor) and value.shape == getattr(parameter, "ds_shape", parameter.shape)
+    return isinstance(value, Tensor) and value.shape == full_shape(parameter)
 
 
 def _set(parameter: nn.Parameter, key: str, value: Tensor) -> None:

@@ -183,16 +183,16 @@ def trains_whole_models(arguments: Any) -> bool:
 
 
 def _uses_deepspeed(arguments: Any) -> bool:
-    return bool(getattr(arguments, "deepspeed", None)) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return bool(arguments.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def _uses_fsdp(arguments: Any) -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(getattr(arguments, "fsdp", None))
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(arguments.fsdp)
 
 
 def _parallelism(arguments: Any):
     """Return accelerate's ParallelismConfig of the arguments or of `accelerate launch`, or None."""
-    given = getattr(arguments, "parallelism_config", None)
+    given = arguments.parallelism_config
     if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
         from accelerate import ParallelismConfig
 

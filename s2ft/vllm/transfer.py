@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from s2ft.vllm.compatibility import guarded, in_place_of, logger, private, when_imported
+from s2ft.foreign import check_mentioned
+from s2ft.vllm.compatibility import guarded, in_place_of, logger, part_of, private, when_imported
 
 FEATURE, ON_PROCESSORS = "slices of a training run", "weights that slices can be written into, on processors,"
 BACKEND = "s2ft"
@@ -57,7 +58,7 @@ def _guarded_call(
             "an engine with data parallel replicas takes slices while it is paused: pause it first (POST "
             "/pause?mode=keep) and resume it afterwards (POST /resume)"
         )
-    if "weights" in getattr(core.model_executor, "sleeping_tags", ()):
+    if "weights" in part_of(core.model_executor, "sleeping_tags"):
         raise RuntimeError("the engine's weights are asleep: wake the engine up first (POST /wake_up)")
     # No request is in the middle of its answer: none runs, or generation is paused.
     idle = not core.scheduler.has_unfinished_requests() and not core.batch_queue
@@ -115,6 +116,8 @@ def _leave_unpacked() -> None:
 
     @in_place_of(_UTILS, "dispatch_cpu_unquantized_gemm")
     def dispatch(pack: Any, layer: torch.nn.Module, *args: Any, **options: Any) -> None:
+        if is_chosen(config()):  # is_packed relies on the name
+            check_mentioned(pack, "cpu_linear", "vllm", "weights of which the CPU backend has a packed copy")
         if layer.weight.dim() == 2 and is_chosen(config()):
             layer.cpu_linear = torch.nn.functional.linear
         else:

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support.inside import compatibility, loading, transfer
+from support.inside import MissingForeignName, compatibility, loading, transfer
 from support.vllm_modules import fake_modules
 
 
@@ -88,7 +88,12 @@ def test_only_engines_with_the_backend_are_changed(monkeypatch):
     other = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="nccl"))
     assert transfer.is_chosen(chosen) and not transfer.is_chosen(other)
     assert not transfer.is_chosen(None) and not transfer.is_chosen(SimpleNamespace(weight_transfer_config=None))
-    pack, config = Mock(), [chosen]
+    packed, config = [], [chosen]
+
+    def pack(layer, remove_weight):
+        packed.append(layer)
+        layer.cpu_linear = functools.partial(torch.nn.functional.linear)
+
     utils = SimpleNamespace(dispatch_cpu_unquantized_gemm=pack)
     found = {"": utils, "dispatch_cpu_unquantized_gemm": pack, "get_current_vllm_config_or_none": lambda: config[0]}
     for module in (compatibility, transfer):
@@ -96,13 +101,22 @@ def test_only_engines_with_the_backend_are_changed(monkeypatch):
     transfer._leave_unpacked()
     linear, conv = torch.nn.Linear(2, 2), torch.nn.Conv1d(2, 2, 4)
     utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
-    assert not pack.called and linear.cpu_linear is torch.nn.functional.linear and not transfer.is_packed(linear)
+    assert not packed and linear.cpu_linear is torch.nn.functional.linear and not transfer.is_packed(linear)
     utils.dispatch_cpu_unquantized_gemm(conv, remove_weight=True)
     config[0] = other
     utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
-    assert [one.args for one in pack.call_args_list] == [(conv,), (linear,)]
-    linear.cpu_linear = functools.partial(torch.nn.functional.linear)
-    assert transfer.is_packed(linear)
+    assert packed == [conv, linear] and transfer.is_packed(linear)
+
+
+def test_a_release_that_names_its_packed_copies_otherwise_is_refused(monkeypatch):
+    utils = SimpleNamespace(dispatch_cpu_unquantized_gemm=lambda layer: None)
+    config = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="s2ft"))
+    found = {**vars(utils), "": utils, "get_current_vllm_config_or_none": lambda: config}
+    for module in (compatibility, transfer):
+        monkeypatch.setattr(module, "private", lambda module, name="": found[name])
+    transfer._leave_unpacked()
+    with pytest.raises(MissingForeignName, match="vllm .* has no 'cpu_linear', by which s2ft finds weights of which"):
+        utils.dispatch_cpu_unquantized_gemm(torch.nn.Linear(2, 2))
 
 
 class PunicaWrapperCPU:
