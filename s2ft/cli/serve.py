@@ -122,7 +122,12 @@ def serve_here(job: ServeArguments) -> None:
 
     options = replace(job, api_key=key_of(job.api_key))
     gpu = torch.cuda.is_available()
-    device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
+    device = SimpleNamespace(
+        use_cpu=not gpu,
+        device="cuda" if gpu else "cpu",
+        trust_remote_code=job.trust_remote_code,
+        parallelism_config=None,
+    )
     loading = (job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit)
     model, tokenizer = load_base(ModelOptions(*loading), device)
     base = job.served_model_name or served_name(job.model)

@@ -265,12 +265,17 @@ BATCHES = {  # rows, per device, passes, devices → per device, passes
 }
 
 
+def alone(devices, **options):
+    """Arguments of a trainer whose devices hold the whole model each."""
+    return SimpleNamespace(world_size=devices, parallelism_config=None, **options)
+
+
 @pytest.mark.parametrize("case", BATCHES, ids=str)
 def test_rows_of_an_update_are_divided_among_devices_and_passes(case):
     rows, micro, passes, devices = case
     names = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes}
     given = {name: value for name, value in names.items() if value is not None}
-    arguments = SimpleNamespace(world_size=devices, **{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **given})  # fmt: skip
+    arguments = alone(devices, **{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **given})
     if isinstance(BATCHES[case], str):
         with pytest.raises(ValueError) as error:
             set_batches(arguments, RunOptions(batch_size=rows), given)
@@ -294,7 +299,7 @@ def test_rows_of_an_update_are_divided_among_devices_and_passes(case):
     ],
 )
 def test_few_rows_make_smaller_updates_and_more_epochs(rows, changes, expected):
-    arguments = SimpleNamespace(**{"num_train_epochs": 3, "max_steps": -1, "world_size": 1, **changes})
+    arguments = alone(1, **{"num_train_epochs": 3, "max_steps": -1, **changes})
     run = SimpleNamespace(arguments=arguments, given=changes, say=str, method=SimpleNamespace(fits_batch=True))
     assert (fitting_batch(run, rows), arguments.num_train_epochs) == expected
     run.given = {"gradient_accumulation_steps": 2}
