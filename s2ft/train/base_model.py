@@ -9,7 +9,7 @@ import torch
 
 from s2ft.attached.record import unwrapped
 from s2ft.config import S2FTConfig
-from s2ft.distributed import reads_weights
+from s2ft.distributed import reads_weights, will_be_loaded_again
 from s2ft.layers import kind_of
 from s2ft.packages import check_packages
 from s2ft.text.models import load_model, locate
@@ -43,8 +43,11 @@ def load_base(options: ModelOptions, arguments: Any):
     more.setdefault("distributed_config", loading_config(arguments))
     if quantization is not None and not arguments.use_cpu:
         more.setdefault("device_map", {"": arguments.device})
-    elif not reads_weights() and not locate(options.model_name_or_path)[1]:  # a GGUF file is unpacked by every rank
-        more.setdefault("device_map", "meta")  # transformers 5.24 would read on every rank
+    elif will_be_loaded_again() and not locate(options.model_name_or_path)[1]:  # a GGUF file is unpacked by every rank
+        # From 5.25 on transformers looks for kernels of the device that it loads to, and refuses the meta device.
+        more.setdefault("use_kernels", False)
+        if not reads_weights():
+            more.setdefault("device_map", "meta")  # transformers 5.24 would read on every rank
     model, tokenizer = load_model(
         options.model_name_or_path,
         options.dtype,

@@ -141,3 +141,14 @@ def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path, monkeyp
     monkeypatch.setenv("S2FT_TRUST_REMOTE_CODE", "1")  # the other commands have no option for it
     export(str(folder), tmp_path / "adapter", tmp_path / "merged")
     assert type(hollow_model(str(tmp_path / "merged"))).__module__.endswith("own_code")
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_fsdp_loads_the_weights_on_the_first_rank_of_a_machine_only(rank, tiny, tmp_path, monkeypatch):
+    of_trainer = arguments(tmp_path)
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    for name, value in {**dict.fromkeys(names, "true"), "FSDP_VERSION": "2", "LOCAL_RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("s2ft.distributed.is_distributed", lambda: True)
+    model, _ = load_base(ModelOptions(tiny), of_trainer)
+    assert {parameter.is_meta for parameter in model.parameters()} == {rank > 0}
