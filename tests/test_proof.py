@@ -35,6 +35,7 @@ class Block(nn.Module):
         )
         self.scale, self.mix = nn.Parameter(torch.randn(CHANNELS)), nn.Parameter(torch.randn(CHANNELS, CHANNELS))
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(CHANNELS))
         self.register_buffer("phase", torch.complex(torch.ones(CHANNELS), torch.linspace(0, 2, CHANNELS)))
         self.taken = [self.up.weight]  # by a list that no module knows
         self.teacher = [self.up.weight.detach().clone()]
@@ -124,7 +125,37 @@ RIGHT = {
     "scale from the input": lambda block, x, h: h * x.norm(dim=-1, keepdim=True),
     "read in evaluation mode": lambda block, x, h: h if block.training else F.linear(x, block.up.weight, block.up.bias),
 }
+
+
+class ScaledByNumber(torch.autograd.Function):
+    """The identity, whose backward scales each channel by its number."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.linspace(0.5, 1.5, CHANNELS)
+
+
+def with_gradient_hook(block, x, h):
+    h = h.tanh()
+    if h.requires_grad:
+        h.register_hook(lambda grad: grad * torch.linspace(0.5, 1.5, CHANNELS))
+    return h
+
+
+def counting_channels(block, h):
+    block.mean.lerp_(h.detach().mean((0, 1)), 0.1)
+    return h.tanh()
+
+
 MOVES = {  # wrong where units move
+    "a backward by number": lambda block, x, h: ScaledByNumber.apply(h),
+    "a gradient hook by number": with_gradient_hook,
+    "no gradient for some channels": lambda block, x, h: torch.cat([h[..., :4].detach(), h[..., 4:]], -1),
+    "a mean of each channel": in_mode(True, counting_channels),
     "reversed channels": per_token(lambda h: h + h.flip(-1)),
     "neighbours": per_token(lambda h: h + h.roll(1, -1)),
     "pooled over neighbours": per_token(lambda h: F.max_pool1d(h, 3, 1, 1)),

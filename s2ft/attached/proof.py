@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import add_deltas, deactivate, set_mounted_deltas
 from s2ft.attached.hooks import not_awaiting
+from s2ft.attached.local_gradients import LocalGradients, first_difference
 from s2ft.attached.mounting import mount, set_codecs, trained_couplings
 from s2ft.attached.record import Record
 from s2ft.config import S2FTConfig
@@ -92,7 +93,8 @@ def mount_proved(
     """
     check_example(example)
     couplings, decision = trained_couplings(record.couplings, selection), Decision(None, "")
-    proof, able = Proof(model, record, couplings, verify or example is not None), can_run(model)
+    moving = [one for one in couplings if one.movable and config.layout == "permuted"]
+    proof, able = Proof(model, record, couplings, moving, verify or example is not None), can_run(model)
     # The value of the decision is None if no rank has the weights, False if the model runs on no input.
     if verify is None or verify:
         decision = decide(
@@ -120,8 +122,11 @@ def mount_proved(
 class Proof:
     """What a plain model computes on a tiny example, to compare it with the attached model."""
 
-    def __init__(self, model: nn.Module, record: Record, couplings: list[Coupling], demanded: bool) -> None:
+    def __init__(
+        self, model: nn.Module, record: Record, couplings: list[Coupling], moving: list[Coupling], demanded: bool
+    ) -> None:
         self.model, self.record, self.couplings, self.demanded = model, record, couplings, demanded
+        self.moving = moving  # the couplings whose units move
         self.is_spread = any(map(is_spread, model.parameters()))
         blocks = {one.block: one for one in couplings if one.activation and one.block}
         self.places = {} if self.is_spread else {**blocks, **{one.place: one for one in reversed(couplings)}}
@@ -130,6 +135,8 @@ class Proof:
         self.evaluated: list[Tensor] = []  # outputs in evaluation mode
         self.trained: list[Tensor] | None = None  # outputs in training mode; None if they are random
         self.plain_outputs: dict[bool, Outputs] = {}  # what each place returns in training and in evaluation, if proved
+        self.statistics: dict[str, Tensor] = {}  # the buffers that the run in training mode has changed
+        self.gradients = LocalGradients([], True)  # what couplings pass back in training mode
         self.has_backward = not self.is_spread
         self.without_dropout: Callable[[], AbstractContextManager] = nullcontext
 
@@ -182,7 +189,7 @@ class Proof:
         except Exception as error:  # a model may ask for labels, or have other reasons
             self.notes.append(f"training mode was not proved: {type(error).__name__}: {str(error)[:200]}")
         if self.trained is None:
-            self.plain_outputs = {}
+            self.plain_outputs, self.statistics, self.gradients = {}, {}, LocalGradients([], True)
         if self.trained is None or largest_change(self.trained, self.evaluated) != 0:
             self._run_recorded(False)
 
@@ -203,7 +210,14 @@ class Proof:
 
     def _run_recorded(self, training: bool) -> list[Tensor]:
         passed = self.plain_outputs[training] = {path: [] for path in self.places}
-        return self._run(training, hook=lambda path, number, output: passed[path].append(output.detach().clone()))
+        if training:
+            self.statistics, self.gradients = {}, LocalGradients(self.moving, True)
+        return self._run(
+            training,
+            hook=lambda path, number, output: passed[path].append(output.detach().clone()),
+            gradients=self.gradients if training else None,
+            statistics=self.statistics if training else None,
+        )
 
     # ---- the attached model --------------------------------------------------------------------------
 
@@ -276,16 +290,44 @@ class Proof:
             self.plain_outputs[training],
             cast("list[Tensor]", self.trained) if training else self.evaluated,
         )
-        outputs = self._run(training, partial(self._compare, found, counts, passed), backward)
+        statistics: dict[str, Tensor] = {}
+        gradients = LocalGradients(self.gradients.couplings if training else [], False)
+        outputs = self._run(
+            training,
+            partial(self._compare, found, counts, passed),
+            backward,
+            gradients=gradients,
+            statistics=statistics,
+        )
         short = [path for path, tensors in passed.items() if counts.get(path, 0) < len(tensors)]
         if not found and short:
             found = [f"{short[0]} does not run as often as before. Does its block compute more than s2ft knows"]
         elif not found and self._differs(outputs, expected, OF_MODEL):
             found = ["an output changes. Does the model use the number of a unit elsewhere"]
+        elif not found and training:
+            found = self._changed_statistics(statistics)
+            if not found and (where := first_difference(self.model, self.record, self.gradients, gradients)):
+                found = [
+                    f"a unit gets another gradient at the output of {where}. Does a backward hook number the units"
+                ]
         if found and training and largest_change(self._run(True), self._run(True, seed=1)) != 0:
             self._note_randomness()
         elif found:
             self._raise(training, found[0])
+
+    def _changed_statistics(self, now: dict[str, Tensor]) -> list[str]:
+        """Say which buffer the attached model has changed in another way than the plain one, in training mode.
+
+        The buffers that move with units, as those of a norm, may differ in their order.
+        """
+        moved = {vector.path for coupling in self.couplings for vector in coupling.vectors}
+        for name in dict.fromkeys((*self.statistics, *now)):
+            pair = [one[name] for one in (now, self.statistics) if name in one]
+            if name in moved:
+                pair = [one.sort(0).values for one in pair]
+            if self._differs(pair[:1], pair[1:], OF_MODEL):
+                return [f"the buffer {name} gets other values. Does it keep one for each unit (vectors)"]
+        return []
 
     def _compare(
         self, found: list[str], counts: dict[str, int], passed: Outputs, path: str, number: int, output: Tensor
@@ -314,17 +356,22 @@ class Proof:
         raise ValueError(f"attach would change what the model computes: in {mode} mode {what}? {TRY_INSTEAD}")
 
     def _check_reached(self, missed: list[str]) -> None:
-        """Name the layers that get no gradient, apart from experts, which may get no token."""
-        missed = [path for path in missed if "expert" not in path]
-        if not missed:
-            return
-        which = f"{missed[0]}{f' and {len(missed) - 1} more' if len(missed) > 1 else ''}"
-        if self.demanded:
+        """Name the layers that get no gradient. Experts may get no token, so they are no error."""
+        experts = [path for path in missed if "expert" in path]
+        others = [path for path in missed if "expert" not in path]
+        if others and self.demanded:
             raise ValueError(
-                f"example must reach every coupling, and this one does not reach {which}: no gradient arrives there. "
-                "Pass another as example=, or verify=False"
+                f"example must reach every coupling, and this one does not reach {_first_of(others)}: no gradient "
+                "arrives there. Pass another as example=, or verify=False"
             )
-        self.notes.append(f"not proved, because the example does not reach it: {which}. Pass another as example=")
+        if others:
+            self.notes.append(
+                f"not proved, because the example does not reach it: {_first_of(others)}. Pass another as example="
+            )
+        if experts:
+            self.notes.append(
+                f"not proved, because the example gives them no token: {_first_of(experts)}. Pass a longer example="
+            )
 
     # ---- runs ----------------------------------------------------------------------------------------
 
@@ -334,6 +381,8 @@ class Proof:
         hook: Callable[[str, int, Tensor], Tensor | None] | None = None,
         backward: bool = False,
         seed: int = 0,
+        gradients: LocalGradients | None = None,
+        statistics: dict[str, Tensor] | None = None,
     ) -> list[Tensor]:
         """Run the model and return its outputs. Afterwards it is as before, but for gradients of slices.
 
@@ -342,6 +391,8 @@ class Proof:
             hook: Called with the path of a place, the number of the call and the output; may return another output.
             backward: Whether to run the backward of a random loss.
             seed: Seed of all random numbers.
+            gradients: Gets the gradients that couplings pass back.
+            statistics: Gets the values of the buffers that the forward has changed.
         """
         model, record = self.model, self.record
         own = {id(one) for mount in record.mounts.values() for one in (mount.layer.s2, mount.layer.weight)}
@@ -358,14 +409,19 @@ class Proof:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 for context in (seeded(model, seed), torch.inference_mode(False), gathered_forwards(model)):
                     stack.enter_context(context)
-                stack.enter_context(torch.set_grad_enabled(backward))
+                differentiates = backward or gradients is not None
+                stack.enter_context(torch.set_grad_enabled(differentiates))
                 stack.enter_context(self.without_dropout() if training else nullcontext())
                 model.train(training)
                 for part in dropping.values():  # else chance would leave blocks out of the proof
                     stack.enter_context(replaced(part, layerdrop=0.0))
-                for parameter in others if backward else ():
+                for parameter in others if differentiates else ():
                     parameter.requires_grad_(False)
+                if gradients is not None:
+                    stack.enter_context(gradients.recorded(model))
                 output = list(tensors_in(run_example(model, self.example)))
+                if statistics is not None:
+                    statistics |= record.snapshot.changed_buffers(model)
                 if backward:
                     self._run_backward(output)
         finally:
@@ -412,6 +468,10 @@ class Proof:
 
 
 # ---- what the runs need ------------------------------------------------------------------------------------------
+
+
+def _first_of(paths: list[str]) -> str:
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
 
 
 class _WithoutDropout(TorchFunctionMode):

@@ -122,6 +122,15 @@ class Snapshot:
         found = {id(one): one for _, buffers in self.buffers for one in buffers.values() if one is not None}
         self.values = [(one, one.clone()) for one in found.values() if not (one.is_inference() or one.is_meta)]
 
+    def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Copy the buffers of a model whose values are no longer those of this snapshot, by name."""
+        values = {id(buffer): value for buffer, value in self.values}
+        changed = {}
+        for name, buffer in model.named_buffers():
+            if id(buffer) not in values or not torch.equal(buffer, values[id(buffer)]):
+                changed[name] = buffer.detach().clone()
+        return changed
+
     def restore(self) -> None:
         """Give the modules what they had."""
         for parameter in self.trained:
