@@ -314,6 +314,21 @@ def test_peak_is_that_of_a_real_step(case, options):
     assert estimated.peak > weights + estimated.optimizer + estimated.kept
 
 
+@pytest.mark.parametrize("case", ("llama-grouped", "vit"))
+def test_a_lora_is_counted_to_compare(case):
+    peft = pytest.importorskip("peft")
+    model = model_of(case)
+    names = ["q_proj", "down_proj"] if case == "llama-grouped" else ["fc1", "q_proj"]
+    config, inputs = peft.LoraConfig(r=4, target_modules=names), training_inputs(model)
+    estimated = s2ft.estimate(model, config, example=inputs)
+    real = copy.deepcopy(model)
+    peft.inject_adapter_in_model(config, real)
+    assert estimated.kept == bytes_kept(real.train(), lambda m: m(**inputs))
+    assert estimated.trained == sum(p.numel() for p in real.parameters() if p.requires_grad) > 0
+    with pytest.raises(ValueError, match="leave out strategy"):
+        s2ft.estimate(model, config, example=inputs, strategy="fsdp2")
+
+
 # ---- the device of the model; the model does not change ----------------------------------------------------
 
 

@@ -177,12 +177,17 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> Non
         return
     bits = f" before they are quantized to {job.bits} bit" if job.bits else ""
     place = found.device
+    if place == "cpu" and job.device is None and job.device_memory is not None:
+        place += " (--device cuda counts a GPU's kernels)"
     if found.strategy is not None:
         host = "" if not found.host else f" and at least {size(found.host)} of the host's memory each"
         place = f"each of {found.devices} {place} device{'s' * (found.devices > 1)} with {found.strategy}{host}"
+    lora = "\nLoRA's peak: with matrices in the dtype of the weights; float32 ones, as PEFT makes them, take more"
     print(
         f"{size(found.parameters + found.buffers)} of weights{bits}; a step of {job.batch_size} × "
         f"{job.max_length:,} tokens on {place}, {job.optimizer}\n{table(rows, room)}\n{RANK}"
+        + lora
+        * any(row.lora_peak is not None for row in rows)
     )
     if any(not row.counted and not row.refused for row in rows):
         print("≤: on the line between the smallest and the largest row, which were counted")

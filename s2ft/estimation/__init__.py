@@ -39,7 +39,7 @@ __all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
 @on_unwrapped
 def estimate(
     model: nn.Module,
-    config: S2FTConfig,
+    config: S2FTConfig | Any,
     batch: int | None = None,
     length: int | None = None,
     *,
@@ -67,8 +67,9 @@ def estimate(
         model: A model without adapters, as for :func:`attach`. It may be on the meta device. Its weights are not read,
             copied or changed. Its hooks, replaced forwards and gradient checkpointing are taken into account. Layers
             that are dropped at random count as if none were dropped, and all experts of a mixture get as many tokens.
-        config: What to train. Every selection is counted as random and uniform, because metrics need data and the sizes
-            depend only on the number of units.
+        config: What to train: an S2FTConfig, or PEFT's LoraConfig, to compare. Every selection is counted as random and
+            uniform, because metrics need data and the sizes depend only on the number of units. The matrices of a LoRA
+            count in the dtype of the weights; in float32, as PEFT makes them for training, they take more.
         batch: Number of sequences, images or recordings in one forward on one device.
         length: Number of tokens of each sequence, for models that take token ids. For an encoder-decoder it applies to
             both sides.
@@ -124,9 +125,12 @@ def estimate(
     check_devices(strategy, devices)
     memory = size_of(memory, "memory")
     make = maker(optimizer)
-    config = with_units(config)
     place, kernels, notes = _place(model, device)
-    if config.units is None and config.selection != "random":
+    is_lora = getattr(config, "peft_type", None) == "LORA"
+    if is_lora and strategy is not None:
+        raise ValueError("a LoRA is estimated for one device: leave out strategy")
+    config = config if is_lora else with_units(config)
+    if not is_lora and config.units is None and config.selection != "random":
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
     if strategy is not None and strategy.is_tensor_parallel:
         check_plan(model)

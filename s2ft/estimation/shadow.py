@@ -28,18 +28,18 @@ from s2ft.selection import select
 
 def make_shadow(
     model: nn.Module,
-    config: S2FTConfig,
+    config: S2FTConfig | Any,
     dtype: torch.dtype | None,
     couplings: Sequence[Coupling] | None,
     example: Any = None,
 ) -> tuple[nn.Module, Record]:
-    """Copy a model to the meta device, with trainable layers in it, and return the copy and its record.
+    """Copy a model to the meta device, with trainable layers or a LoRA in it, and return the copy and its record.
 
     The slices and the numbers of the units have data until :func:`forget_data`. Quantized weights are shared with the
     model, because their layers read properties of them.
     """
     check_unattached(model)
-    found = find_couplings(model, couplings, example, config)
+    found = find_couplings(model, couplings, example, config if isinstance(config, S2FTConfig) else S2FTConfig())
     wanted = wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
     for path, module in model.named_modules():
@@ -61,6 +61,11 @@ def make_shadow(
     shadow = copy.deepcopy(model, memo)
     # with the fingerprint of no base, so that nothing is compared
     record = Record(found.couplings, {"layers": {}}, {}, is_custom=found.is_custom)
+    if not isinstance(config, S2FTConfig):
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, shadow, low_cpu_mem_usage=True)  # in the dtype of the weights
+        return shadow, record
     selection = select(couplings_in_towers(shadow, found.couplings, config), as_random(config), shadow)
     add_record_and_hooks(shadow, record)
     mount(shadow, record, config, selection, "estimate")

@@ -235,8 +235,14 @@ def hollow_model(name: str):
     from s2ft.distributed import without_zero_init
 
     source, options = locate(name)
-    _check_hub(name, source, None)
-    config = _from_pretrained(transformers.AutoConfig, name, source, {**options, **_remote()}, "a config")
+    try:
+        _check_hub(name, source, None)
+        config = _from_pretrained(transformers.AutoConfig, name, source, {**options, **_remote()}, "a config")
+    except ValueError as error:
+        if Path(source).exists():
+            raise
+        why = str(error).rstrip(".")
+        raise ValueError(f"{why}. A config.json of the model is enough here: give its path") from error
     is_own = type(config).__module__.startswith("transformers_modules.")  # of code that the checkpoint brings
     named = (getattr(transformers, one, None) for one in (() if is_own else config.architectures or ()))
     autos = (getattr(transformers, auto) for auto in AUTO)
@@ -363,6 +369,8 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     from s2ft.files.reading import gguf_files, has_adapter, own_folder
 
     path = Path(name).expanduser()
+    if path.is_file() and path.name == "config.json":
+        path = path.parent
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"model {name} is a file but not a .gguf; give the checkpoint's folder")

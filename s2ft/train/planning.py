@@ -18,7 +18,8 @@ from s2ft.files.plain_text import first_line
 from s2ft.model.coupling import by_key, projections_of
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
-from s2ft.model.weights import count_parameters, weight_at
+from s2ft.model.weights import count_parameters, find, weight_at
+from s2ft.packages import is_installed
 from s2ft.selection import with_units
 from s2ft.train.loss import has_standard_loss, loss_in_chunks
 
@@ -41,6 +42,8 @@ class Planned:
         peak: Largest memory of a step; None if memory was not counted.
         counted: Whether the two were counted for this row. Otherwise they lie on the line between the counted rows.
         fits: Whether the peak is at most the memory of the device; None if one of them is not known.
+        lora_peak: Largest memory of a step with a LoRA of :attr:`lora_rank`, at least 1, on the same weights. None if
+            it was not counted.
     """
 
     ratio: float | None
@@ -53,6 +56,7 @@ class Planned:
     peak: int | None = None
     counted: bool = False
     fits: bool | None = None
+    lora_peak: int | None = None
 
 
 def rows_of(model: nn.Module, config: S2FTConfig, ratios: Sequence[float] = RATIOS) -> list[Planned]:
@@ -159,7 +163,7 @@ def with_memory(
     """
     config = as_random(config)
     usable = sorted((row for row in rows if not row.refused), key=lambda row: row.trained)
-    ends: dict[int, tuple[int, int]] = {}
+    ends: dict[int, tuple[int, ...]] = {}
     strategy = step["strategy"]
     whole_logits = strategy is not None and strategy.shards_weights  # of a head that is gathered
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -170,15 +174,41 @@ def with_memory(
         if strategy is not None:  # the number of devices for the largest row is that of all
             step = {**step, "devices": found.devices}
         ends[row.trained] = (found.kept, found.peak - saved_by_bits(model, bits))
+        if strategy is None and (lora := lora_like(model, wanted, row.lora_rank)) is not None:
+            of_lora = s2ft.estimate(model, lora, **step, loss=loss, use_cache=False)
+            ends[row.trained] += (of_lora.peak - saved_by_bits(model, bits),)
     (low, below), (high, above) = min(ends.items()), max(ends.items())
 
     def on_line(row: Planned) -> Planned:
         part = (row.trained - low) / (high - low) if high > low else 0.0
-        kept, peak = (round(start + part * (end - start)) for start, end in zip(below, above))
+        kept, peak, *lora = (round(start + part * (end - start)) for start, end in zip(below, above))
         fits = None if step["memory"] is None else peak <= step["memory"]
-        return replace(row, kept=kept, peak=peak, counted=row.trained in ends, fits=fits)
+        counted = row.trained in ends
+        return replace(row, kept=kept, peak=peak, counted=counted, fits=fits, lora_peak=next(iter(lora), None))
 
     return [row if row.refused else on_line(row) for row in rows], found
+
+
+def lora_like(model: nn.Module, config: S2FTConfig, rank: float) -> Any:
+    """Return PEFT's config of a LoRA on the weights that a configuration trains.
+
+    Args:
+        model: The model.
+        config: The configuration.
+        rank: The rank, which is rounded.
+
+    Returns:
+        The LoraConfig. None if PEFT is not installed, or some of the weights are no linear layers.
+    """
+    if not is_installed("peft"):
+        return None
+    from peft import LoraConfig
+
+    selection = s2ft.select(model, config)
+    couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
+    paths = {one.path for one in projections_of(couplings) if one.name in selection}
+    is_linear = all(isinstance(find(model, path), nn.Linear) for path in paths)
+    return LoraConfig(r=max(1, round(rank)), target_modules=sorted(paths)) if is_linear else None
 
 
 def saved_by_bits(model: nn.Module, bits: int | None) -> int:
@@ -210,6 +240,8 @@ def table(rows: Sequence[Planned], room: int | None = None) -> str:
     if any(row.peak is not None for row in rows):
         columns["kept for backward"] = lambda row: ("" if row.counted else "≤ ") + size(row.kept or 0)
         columns["peak"] = lambda row: ("" if row.counted else "≤ ") + size(row.peak or 0)
+        if any(row.lora_peak is not None for row in rows):
+            columns["LoRA's peak"] = lambda row: ("" if row.counted else "≤ ") + size(row.lora_peak or 0)
         if room is not None:
             columns[size(room)] = lambda row: "fits" if row.fits else "too small"
     cells = [[cell(row) for cell in columns.values()] for row in rows if not row.refused]
