@@ -70,7 +70,8 @@ class RunFolder:
                 raise FileExistsError(f"output folder {self.path} isn't empty and holds no run of s2ft: choose another")
             if not overwrite:
                 raise FileExistsError(
-                    f"output folder {self.path} holds another run: resume it, overwrite it, or choose another"
+                    f"output folder {self.path} holds another run: --resume goes on with it, --overwrite "
+                    "replaces it, or choose another folder"
                 )
 
     @contextlib.contextmanager

@@ -59,7 +59,7 @@ from s2ft.train.parallel import (
 )
 
 logger = logging.getLogger(__name__)
-RISEN = 5  # times the first loss, of which a run warns
+RISEN, UNCHANGED = 5, 0.99  # times the first loss, of which a run warns
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "dataloader_", "ddp_",
                 "vllm_server_", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
@@ -400,7 +400,22 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
         f"{steps}, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, {quality} "
         "(mean of the last tenth of the logged steps)"
     )
-    first = next((line["loss"] for line in read_log(folder.log) if "loss" in line), result.loss)
+    lines = read_log(folder.log)
+    preferred = [line["rewards/accuracies"] for line in lines if "rewards/accuracies" in line]
+    if preferred:
+        print(
+            f"chosen above rejected: {preferred[0]:.0%} of the first logged pairs, {preferred[-1]:.0%} of the last ones"
+        )
+    losses = [line["loss"] for line in lines if "loss" in line]
+    first = next(iter(losses), result.loss)
+    if result.reward is None and len(losses) > 1 and UNCHANGED * first < result.loss <= RISEN * first:
+        logger.warning(
+            "warning: the loss has hardly changed, from %.4f to %.4f: train longer, with a higher --learning-rate than "
+            "%g, or more weights",
+            first,
+            result.loss,
+            arguments.learning_rate,
+        )
     if result.reward is None and not result.loss <= RISEN * first:  # NaN has risen too
         logger.warning(
             "warning: the loss has risen from %.4f to %.4f: lower --learning-rate, which was %g",
