@@ -103,8 +103,11 @@ def set_codecs(model: nn.Module, record: Record, config: S2FTConfig) -> None:
     Raises:
         ValueError: A weight is not that of the files, its type has no codec, or something spreads or shares it.
     """
-    base = None if config.codec == "none" else files_of(model)
+    if config.codec == "none":
+        return
+    base = files_of(model)
     if base is None:
+        logger.warning("warning: codec=%r does nothing here: the base's files are not quantized", config.codec)
         return
     if record.awaits_weights:
         raise ValueError(f"codec={config.codec!r} needs the weights of {base.path}: load them before attach")

@@ -67,6 +67,19 @@ def test_a_run_has_its_prompt_its_log_and_a_config_that_repeats_it(command, work
     assert same(tensors_of(f"{command}/adapter"), tensors_of(f"{command}-again/adapter"))
 
 
+def test_pairs_of_plain_text_say_that_no_template_is_used_and_what_was_learned(work, capsys, caplog):
+    caplog.set_level("INFO")
+    write_jsonl(work / "plain.jsonl", [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": "no"} for a in range(8)])
+    options = ["--data", "plain.jsonl", "--max-steps", 2, "--batch-size", 4, "--output", "plain", "--model", "model"]
+    assert s2ft_command("dpo", *options, "--lr", 1e-9) == 0
+    assert "the model's chat template is not used: --form chat uses it" in caplog.text
+    assert "the loss has hardly changed, from 0.6931 to 0.6931: train longer" in caplog.text
+    assert "chosen above rejected: 0% of the first logged pairs" in capsys.readouterr().out
+    caplog.clear()
+    assert s2ft_command("dpo", *options, "--form", "text", "--overwrite", "--lr", 1e-2) == 0
+    assert "template is not used" not in caplog.text
+
+
 def test_a_run_goes_on_only_with_the_same_rewards(capsys):
     assert run("grpo", "stopped", "--stop-after", 1) == 0
     assert run("grpo", "stopped", "--resume", "--rewards", "format") == 2

@@ -5,6 +5,9 @@ from functools import partial
 import pytest
 import torch
 from support.inside import TYPES_OF_GGUF, Nf4, codec_of
+from support.models import model_of
+
+import s2ft
 
 OUTPUTS, INPUTS = 16, 512
 FLOAT8 = torch.float8_e4m3fn
@@ -365,3 +368,8 @@ def test_nf4_blocks_of_two_outputs_are_refused():
     packed, state = pytest.importorskip("bitsandbytes.functional").quantize_4bit(torch.randn(4, 96), quant_type="nf4")
     with pytest.raises(ValueError, match="whole blocks of 64 weights, got 96"):
         Nf4({"weight": packed, **state.as_dict(packed=True)})
+
+
+def test_a_codec_that_has_no_packed_base_says_so(caplog):
+    s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2, codec="auto"))
+    assert "codec='auto' does nothing here" in caplog.text
