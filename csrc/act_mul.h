@@ -4,6 +4,7 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "aten.h"
 #include "checks.h"
@@ -56,6 +57,23 @@ inline Tensor activate_backward(Activation act, const Tensor& grad, const Tensor
   return aten::gelu_backward(grad, gate, act == Activation::gelu_tanh ? "tanh" : "none");
 }
 
+// Whether a tensor is a matrix whose rows are dense. Gaps between them do not matter.
+inline bool has_dense_rows(const Tensor& t) { return t.dim() == 2 && t.stride(1) == 1; }
+
+// Sets gate and up in the data, as they are if their rows are dense. Returns them, or dense copies.
+inline std::pair<Tensor, Tensor> set_inputs(ActMulData& data, const Tensor& gate, const Tensor& up) {
+  const bool in_rows = has_dense_rows(gate) && has_dense_rows(up);
+  const Tensor g = in_rows ? gate : aten::dense(gate), u = in_rows ? up : aten::dense(up);
+  data.size = g.numel();
+  const bool one_row = g.is_contiguous() && u.is_contiguous();
+  data.columns = one_row ? data.size : g.size(1);
+  data.gate_row = one_row ? data.size : g.stride(0);
+  data.up_row = one_row ? data.size : u.stride(0);
+  data.gate = g.const_data_ptr();
+  data.up = u.const_data_ptr();
+  return {g, u};
+}
+
 template <class Device>
 Tensor act_mul(const Tensor& gate, const Tensor& up, StringHandle activation) {
   const char* op = "act_mul";
@@ -64,11 +82,8 @@ Tensor act_mul(const Tensor& gate, const Tensor& up, StringHandle activation) {
   data.dtype = dtype_of(gate, op, "gate");
   check_like_gate(up, gate, op, "up");
   if (!Device::computes(act, data.dtype)) return aten::dense(aten::mul(activate(act, gate), up));
-  const Tensor g = aten::dense(gate), u = aten::dense(up);
+  const auto [g, u] = set_inputs(data, gate, up);
   Tensor out = torch::stable::new_empty(g, g.sizes());
-  data.size = g.numel();
-  data.gate = g.const_data_ptr();
-  data.up = u.const_data_ptr();
   data.out = out.mutable_data_ptr();
   Device(g).act_mul(act, data);
   return out;
@@ -86,11 +101,9 @@ std::tuple<Tensor, Tensor> act_mul_backward(const Tensor& grad, const Tensor& ga
   if (!Device::computes(act, data.dtype))
     return {aten::dense(activate_backward(act, aten::mul(grad, up), gate)),
             aten::dense(aten::mul(grad, activate(act, gate)))};
-  const Tensor d = aten::dense(grad), g = aten::dense(gate), u = aten::dense(up);
+  const Tensor d = aten::dense(grad);
+  const auto [g, u] = set_inputs(data, gate, up);
   Tensor grad_gate = torch::stable::new_empty(g, g.sizes()), grad_up = torch::stable::new_empty(g, g.sizes());
-  data.size = g.numel();
-  data.gate = g.const_data_ptr();
-  data.up = u.const_data_ptr();
   data.grad = d.const_data_ptr();
   data.grad_gate = grad_gate.mutable_data_ptr();
   data.grad_up = grad_up.mutable_data_ptr();

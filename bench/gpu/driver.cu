@@ -259,7 +259,7 @@ void activations(Activation activation, int64_t size, int64_t offset) {
   Buffer<T> gate(gates), up(ups), grad(grads), out(size), grad_gate(size), grad_up(size);
   ActMulData data{};
   data.dtype = Format<T>::dtype;
-  data.size = size;
+  data.size = data.columns = data.gate_row = data.up_row = size;
   data.gate = gate.at() + offset;
   data.up = up.at() + offset;
   data.out = out.at();
@@ -360,7 +360,7 @@ void overrun() {
   Buffer<float> gate(host::normal<float>(size)), up(host::normal<float>(size)), out(size - 1);
   ActMulData data{};
   data.dtype = DType::f32;
-  data.size = size;
+  data.size = data.columns = data.gate_row = data.up_row = size;
   data.gate = gate.at();
   data.up = up.at();
   data.out = out.at();

@@ -200,15 +200,23 @@ S2FT_HD void act_mul_gradients(T grad, T gate, T up, T* grad_gate, T* grad_up) {
   *grad_up = Narrow<T>::from(d * rounded<T>(value));
 }
 
-// The tensors of one call, dense and of one type. The call computes out = act(gate) * up, or the gradients.
+// The tensors of one call, of one type. The call computes out = act(gate) * up, or the gradients. They are dense, but
+// rows of gate and up may have gaps between them, as have the halves of one product. Dense tensors are one row.
 struct ActMulData {
   DType dtype;
   int64_t size;
+  int64_t columns;           // elements of a row
+  int64_t gate_row, up_row;  // elements from the start of a row to that of the next
   const void *gate, *up;
   void* out;  // of the forward
 
   const void* grad;  // of the backward
   void *grad_gate, *grad_up;
 };
+
+// Where element i of a tensor with gaps between its rows is.
+S2FT_HD int64_t in_rows(int64_t i, int64_t columns, int64_t row) {
+  return i < columns ? i : i / columns * row + i % columns;
+}
 
 }  // namespace s2ft

@@ -72,6 +72,18 @@ T* from(void* pointer, int64_t first) {
   return static_cast<T*>(pointer) + first;
 }
 
+// Calls f(first, gate, up, n) for every run of elements without a gap, of n elements from `first` on.
+template <class T, class F>
+void for_rows(const ActMulData& data, int64_t first, int64_t n, const F& f) {
+  while (n > 0) {
+    const int64_t run = std::min(n, data.columns - first % data.columns);
+    f(first, from<T>(data.gate, in_rows(first, data.columns, data.gate_row)),
+      from<T>(data.up, in_rows(first, data.columns, data.up_row)), run);
+    first += run;
+    n -= run;
+  }
+}
+
 struct CpuActMul {
   explicit CpuActMul(const Tensor&) {}
 
@@ -86,15 +98,18 @@ struct CpuActMul {
   void act_mul(Activation activation, const ActMulData& data) const {
     for_shares(activation, data, [&](auto act, auto tag, int64_t first, int64_t n) {
       using T = typename decltype(tag)::type;
-      forward(act, from<T>(data.gate, first), from<T>(data.up, first), from<T>(data.out, first), n);
+      for_rows<T>(data, first, n, [&](int64_t i, const T* gate, const T* up, int64_t run) {
+        forward(act, gate, up, from<T>(data.out, i), run);
+      });
     });
   }
 
   void act_mul_backward(Activation activation, const ActMulData& data) const {
     for_shares(activation, data, [&](auto act, auto tag, int64_t first, int64_t n) {
       using T = typename decltype(tag)::type;
-      backward(act, from<T>(data.grad, first), from<T>(data.gate, first), from<T>(data.up, first),
-               from<T>(data.grad_gate, first), from<T>(data.grad_up, first), n);
+      for_rows<T>(data, first, n, [&](int64_t i, const T* gate, const T* up, int64_t run) {
+        backward(act, from<T>(data.grad, i), gate, up, from<T>(data.grad_gate, i), from<T>(data.grad_up, i), run);
+      });
     });
   }
 };

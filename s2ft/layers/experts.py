@@ -229,7 +229,7 @@ def act_mul_of(experts: nn.Module) -> str | None:
 
 def _act_mul(activation: str, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return act_mul(gate.contiguous(), up.contiguous(), activation)
+    return act_mul(gate, up, activation)  # which reads both where they are
 
 
 def experts_forward(

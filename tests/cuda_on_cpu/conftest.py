@@ -27,6 +27,13 @@ def pointers(tensors):
     return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors)) if tensors else None
 
 
+def rows_of(gate, up):
+    """Elements of a row, and from the start of a row of gate and of up to that of the next, as csrc/act_mul.h has them."""
+    size, gaps = gate.numel(), not (gate.is_contiguous() and up.is_contiguous())
+    found = (gate.shape[1], gate.stride(0), up.stride(0)) if gaps else (size, size, size)
+    return (ctypes.c_int64 * 3)(*found)
+
+
 def along(tensor, dim):
     """The numbers of the struct Along (csrc/core/along.h) for a tensor, as csrc/move.h computes them."""
     last, rank = tensor.dim() - 1, tensor.dim()
@@ -117,21 +124,26 @@ class Runner:
         )
 
     def act_mul(self, gate, up, activation, out=None):
-        out = torch.empty_like(gate) if out is None else out
+        out = torch.empty(gate.shape, dtype=gate.dtype) if out is None else out
         self.check(
             self.library.act_mul(
-                ACTIVATIONS[activation], CODES[gate.dtype], ctypes.c_int64(gate.numel()), *map(pointer, (gate, up, out))
+                ACTIVATIONS[activation],
+                CODES[gate.dtype],
+                ctypes.c_int64(gate.numel()),
+                rows_of(gate, up),
+                *map(pointer, (gate, up, out)),
             )
         )
         return out
 
     def act_mul_backward(self, grad, gate, up, activation, outs=None):
-        outs = outs or [torch.empty_like(gate), torch.empty_like(gate)]
+        outs = outs or [torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2)]
         self.check(
             self.library.act_mul_backward(
                 ACTIVATIONS[activation],
                 CODES[gate.dtype],
                 ctypes.c_int64(gate.numel()),
+                rows_of(gate, up),
                 *map(pointer, (grad, gate, up, *outs)),
             )
         )

@@ -2,6 +2,7 @@
 #include "cuda/launch.h"
 #include "cuda_on_cpu.h"
 
+#include <tuple>
 #include <vector>
 
 using namespace s2ft;
@@ -66,8 +67,10 @@ int scatter_add(int weight_type, int delta_type, void* weight, const int64_t* we
   return cuda::scatter_add_units(s, scratch.data(), nullptr);
 }
 
-int act_mul(int activation, int dtype, int64_t size, const void* gate, const void* up, void* out) {
+// rows: elements of a row, and from the start of a row of gate and of up to that of the next
+int act_mul(int activation, int dtype, int64_t size, const int64_t* rows, const void* gate, const void* up, void* out) {
   ActMulData d{};
+  std::tie(d.columns, d.gate_row, d.up_row) = std::tie(rows[0], rows[1], rows[2]);
   d.dtype = static_cast<DType>(dtype);
   d.size = size;
   d.gate = gate;
@@ -76,9 +79,10 @@ int act_mul(int activation, int dtype, int64_t size, const void* gate, const voi
   return cuda::act_mul(static_cast<Activation>(activation), d, nullptr);
 }
 
-int act_mul_backward(int activation, int dtype, int64_t size, const void* grad, const void* gate, const void* up,
-                     void* grad_gate, void* grad_up) {
+int act_mul_backward(int activation, int dtype, int64_t size, const int64_t* rows, const void* grad, const void* gate,
+                     const void* up, void* grad_gate, void* grad_up) {
   ActMulData d{};
+  std::tie(d.columns, d.gate_row, d.up_row) = std::tie(rows[0], rows[1], rows[2]);
   d.dtype = static_cast<DType>(dtype);
   d.size = size;
   d.grad = grad;

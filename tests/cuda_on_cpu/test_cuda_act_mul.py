@@ -51,6 +51,21 @@ def test_misaligned_tensors(runner, activation, dtype):
 
 
 @every_activation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns, gap", ((16, 0), (16, 8), (16, 3), (17, 0), (1, 1), (2048, 16)))
+def test_halves_of_one_product(runner, activation, dtype, columns, gap):
+    """Packs are read from rows that begin at a pack, else single elements; other rows have gaps of their own."""
+    both = torch.randn(9, 2 * columns + gap).to(dtype)
+    gate, up = both[:, :columns], both[:, columns + gap :]
+    gate *= 5
+    grad = torch.randn(9, columns).to(dtype)
+    for max_blocks in (0, 1, 3):
+        runner.configure(max_blocks=max_blocks)
+        check(runner, activation, gate, up, grad)
+        check(runner, activation, gate, up.contiguous(), grad)
+
+
+@every_activation
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_every_16_bit_gate(runner, activation, dtype):
     """Infinity is left out, because PyTorch's gelu has two different results for it."""
