@@ -16,18 +16,18 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 ENV PATH=/opt/s2ft/bin:$PATH PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
-# Lower bounds, as in pyproject.toml: the image has the newest versions at the time of the build.
+# The newest PyTorch of the index; all other packages have the releases that were tested (constraints.txt).
 # hadolint ignore=DL3013
 RUN python3 -m venv /opt/s2ft \
     && pip install --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple "torch>=2.11" \
     && pip install "setuptools>=77" ninja
 
 WORKDIR /src
-COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
+COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE constraints.txt ./
 COPY csrc csrc
 COPY s2ft s2ft
 # hadolint ignore=DL3013
-RUN pip install --no-build-isolation ".[$EXTRAS]" && s2ft --version
+RUN pip install --no-build-isolation -c constraints.txt ".[$EXTRAS]" && s2ft --version
 
 # The server needs no rights. Mount models and adapters read-only; the cache of the hub is /home/s2ft/.cache.
 RUN useradd --uid 10001 --create-home s2ft
