@@ -139,8 +139,8 @@ def set_rounding(model: nn.Module, share: float) -> None:
     """Let a model with ``codec="auto"`` compute with weights between base + delta and what the base's file can hold.
 
     Training learns most if it begins without rounding and ends with it. The trainers of `s2ft.train` go from 0 to 1
-    between 30 % and 70 % of the updates. Without a call the share is 1. A merged file has what share 1 computes with. With a share
-    between 0 and 1 the last bit of a weight may differ between devices.
+    between 30 % and 70 % of the updates. Without a call the share is 1. A merged file has what share 1 computes with.
+    With a share between 0 and 1 the last bit of a weight may differ between devices.
 
     Args:
         model: Model with a trainable adapter. Nothing changes without a codec.

@@ -46,6 +46,9 @@ def environment(name: str, *commands: Sequence[str], stand_ins: Sequence[str] = 
             subprocess.run([python, "-m", "pip", "--quiet", *command], check=True)
         for module in stand_ins:
             (packages / f"{module}.py").write_text("")
+        command = python.with_name("s2ft")  # programs and scripts start it by name
+        command.write_text(f"#!{python}\nimport sys\n\nfrom s2ft.cli.main import main\n\nsys.exit(main())\n")
+        command.chmod(0o755)
         done.write_text(wanted)
     return python
 
