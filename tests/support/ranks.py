@@ -1,5 +1,6 @@
 """Processes of one gloo group on this machine, which run functions for the tests."""
 
+import faulthandler
 import os
 import socket
 import sys
@@ -18,7 +19,7 @@ import torch.multiprocessing as mp
 from support.rounding import set_up_kernels
 
 RANKS = 2
-LIMIT = 120  # seconds for one function
+LIMIT, AFTER_DEATH = 120, 5  # seconds for one function, and for the others of a rank that has died
 CALLS = 20  # of the same processes: each mesh makes groups, whose threads of gloo look for work for ever
 PRELOADED = [
     *("torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "transformers.trainer"),
@@ -77,7 +78,7 @@ class Ranks:
         self.pipes, self.processes = [], []
 
     def __call__(self, function: Callable, *args: Any) -> list[Any]:
-        outcomes = self.outcomes(function, *args)
+        outcomes = self._run(function, args, AFTER_DEATH)
         failed = [
             f"rank {rank}:\n{outcome.error or 'died'}"
             for rank, outcome in enumerate(outcomes)
@@ -93,6 +94,10 @@ class Ranks:
         Raises:
             AssertionError: A rank did neither return, raise nor die within LIMIT seconds.
         """
+        return self._run(function, args, LIMIT)
+
+    def _run(self, function: Callable, args: tuple, after_death: float) -> list[Outcome]:
+        """Run a function on all ranks, and wait for so many seconds for the others of a rank that has died."""
         if self.calls == CALLS:
             self.close()
         if not self.processes:
@@ -103,8 +108,11 @@ class Ranks:
         outcomes: list[Outcome | None] = [None] * self.count
         while None in outcomes:
             waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if outcomes[rank] is None}
-            ready = wait(waiting, LIMIT)
-            if not ready:
+            has_died = any(outcome is not None and outcome.died for outcome in outcomes)
+            ready = wait(waiting, after_death if has_died else LIMIT)
+            if not ready and has_died and after_death < LIMIT:
+                outcomes = [outcome or Outcome(error="waited for a rank that has died") for outcome in outcomes]
+            elif not ready:
                 self.close()
                 raise AssertionError(f"ranks {list(waiting.values())} did not answer; the others: {outcomes}")
             for pipe in ready:
@@ -147,6 +155,7 @@ def forget_deepspeed() -> None:
 
 
 def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
+    faulthandler.enable()  # a crash tells where it was
     set_up_kernels()  # the same as in the process that compares the results
     os.environ.update(
         RANK=str(rank),
