@@ -22,7 +22,7 @@ from glob import escape
 from itertools import count
 from pathlib import Path
 from traceback import clear_frames
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 
 import s2ft
 from s2ft.attached.record import Record, check_fits, new_record
+from s2ft.codecs.codec import Codec
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.conversion import ollama
@@ -145,12 +146,68 @@ def _check_base(base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: tor
         raise ValueError(different)
 
 
-def new_blocks(file: GgufFile, adapter: s2ft.Adapter, paths: dict[str, str]) -> Iterator[Change]:
-    """Make the new blocks of one weight of a file after the other, given :func:`merged_paths`."""
+class Arrived:
+    """How much of an adapter's update is in packed weights. What is below half a step of a block gets lost."""
+
+    LITTLE = 0.5  # a smaller share is warned of
+
+    def __init__(self) -> None:
+        self.along = self.wanted = 0.0  # sums of squares: of what has changed along the update, and of the update
+
+    def add(self, codec: Codec, old: Any, new: Any, index: Tensor, delta: Delta) -> None:
+        """Count one weight.
+
+        Args:
+            codec: The codec of the weight.
+            old: The packed matrix before.
+            new: The packed matrix with the delta.
+            index: The rows or columns of the delta in it.
+            delta: The delta.
+        """
+        before, after = (codec.values(codec.unpack(one).take(index, delta.dim)).double() for one in (old, new))
+        self.along += float(((after - before) * delta.values.double()).sum())
+        self.wanted += float(delta.values.double().square().sum())
+
+    @property
+    def share(self) -> float:
+        """The share of the update, along the update."""
+        return self.along / self.wanted if self.wanted else 1.0
+
+    def told(self, name: str) -> str:
+        """Say how much has arrived, and warn if it is little.
+
+        Args:
+            name: The file or the folder.
+        """
+        if self.share < self.LITTLE:
+            logger.warning(
+                "warning: %s holds %.0f%% of the update, and may answer as the base: most of it is less than half a "
+                "step of the blocks. s2ft sft --codec auto trains what they can hold; if this adapter was trained so, "
+                "take a higher --learning-rate or more --epochs",
+                name,
+                100 * self.share,
+            )
+        return f"{self.share:.0%} of the update is in it"
+
+
+def new_blocks(
+    file: GgufFile, adapter: s2ft.Adapter, paths: dict[str, str], arrived: Arrived | None = None
+) -> Iterator[Change]:
+    """Make the new blocks of one weight of a file after the other, given :func:`merged_paths`.
+
+    Args:
+        file: The base.
+        adapter: The adapter.
+        paths: Paths of modules by the names of deltas.
+        arrived: Counts how much of the update is in the blocks.
+    """
     for name, path in paths.items():
-        delta, tensor = adapter.deltas[name], file.tensors[file.name(path)]
+        delta, tensor, codec = adapter.deltas[name], file.tensors[file.name(path)], file.codec(path)
         part = file.part(path, delta.index, delta.dim)
-        new = file.codec(path).added(part.packed.flatten(-2), part.index, delta.dim, delta.values)
+        old = part.packed.flatten(-2)
+        new = codec.added(old, part.index, delta.dim, delta.values)
+        if arrived is not None:
+            arrived.add(codec, old, new, part.index, delta)
         bytes_of = (one.numpy() for one in (part.rows, part.blocks, part.packed, new.view(part.packed.shape)))
         yield Change(int(tensor.data_offset), tensor.data.strides[0], *bytes_of)
 
@@ -192,8 +249,8 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         with open(temporary, "xb") as file:
             shift = _copy(base, file, {"base": path.name, "adapter": saved.name}, template)
         data = numpy.memmap(temporary, numpy.uint8, "r+")
-        changed = blocks = 0
-        for change in new_blocks(base, saved, paths):
+        changed, blocks, arrived = 0, 0, Arrived()
+        for change in new_blocks(base, saved, paths, arrived):
             change.start += shift
             changed += int((change.old != change.new).sum())
             blocks += change.rows.size * change.blocks.size
@@ -206,7 +263,8 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         replace_file(beside, modelfile.encode())
     return (
         f"{output}: {changed:,} bytes in {blocks:,} blocks of {len(paths)} weights have changed, and no other "
-        f"byte of a weight; read again and compared\nfor Ollama: ollama create {output.stem} -f {beside}"
+        f"byte of a weight; read again and compared\n{arrived.told(output.name)}\n"
+        f"for Ollama: ollama create {output.stem} -f {beside}"
     )
 
 
@@ -228,7 +286,7 @@ def _packed_folder(model_name: str) -> PackedFolder:
 
 def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
     base = _packed_folder(model_name)
-    paths, changed, source = merged_paths(base, adapter), 0, base.path
+    paths, changed, source, arrived = merged_paths(base, adapter), 0, base.path, Arrived()
     if not Path(model_name).expanduser().is_dir():  # the cache of the hub may have some of its files only
         source = Path(snapshot_download(model_name))
     if source.resolve() in output.resolve().parents:
@@ -243,7 +301,7 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
             if give_prompt(tokenizer, adapter.info, f"adapter {adapter.name!r}").chat_template != template:
                 tokenizer.save_pretrained(folder)
         for name, path in paths.items():
-            for tensor, (old, new) in _changed(base, path, adapter.deltas[name]).items():
+            for tensor, (old, new) in _changed(base, path, adapter.deltas[name], arrived).items():
                 changed += int((as_bytes(old) != as_bytes(new)).sum())
                 place = base.tensors[tensor]
                 replace(place, file=folder / place.file.name).write([new])
@@ -259,14 +317,19 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
         (folder / MERGED).write_text(json.dumps(merges, indent=2) + "\n", encoding="utf-8")
     return (
         f"{output}: {changed:,} bytes of {len(paths)} weights have changed, and no other byte of a weight; read "
-        "again and compared"
+        f"again and compared\n{arrived.told(output.name)}"
     )
 
 
-def _changed(base: PackedFolder, path: str, delta: Delta) -> dict[str, tuple[Tensor, Tensor]]:
+def _changed(
+    base: PackedFolder, path: str, delta: Delta, arrived: Arrived | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The tensors of a packed weight that a delta changes, before and after, by their names in the files."""
     old = base.packed(path)
-    new = base.codec(path, old).added(old, delta.index, delta.dim, delta.values)
+    codec = base.codec(path, old)
+    new = codec.added(old, delta.index, delta.dim, delta.values)
+    if arrived is not None:
+        arrived.add(codec, old, new, delta.index, delta)
     return {base.name(path, part): (old[part], new[part]) for part in new if new[part] is not old[part]}
 
 
@@ -524,7 +587,9 @@ def _computed(path: Path, folder: Path, digest: str, before: Kept | None) -> Kep
         before.put_back(file.reader.data)  # in this process alone
     if _new_template(file, saved) is not None:
         logger.warning("the chat template of %s is not the one that the adapter was trained with", path.name)
-    changes = list(new_blocks(file, saved, merged_paths(file, saved)))
+    arrived = Arrived()
+    changes = list(new_blocks(file, saved, merged_paths(file, saved), arrived))
+    logger.info("%s", arrived.told(path.name))
     _earlier(path, digest).unlink(missing_ok=True)  # of another base
     return Kept(path, changes, saved.name, digest)
 

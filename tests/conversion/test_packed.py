@@ -4,6 +4,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import re
 import resource
 import shutil
 import struct
@@ -73,7 +74,7 @@ def test_only_the_units_of_the_adapter_change_and_they_come_nearer(kind, tmp_pat
     said = export_packed(str(base), folder, tmp_path / "tuned.gguf")
     assert said.startswith(f"{tmp_path / 'tuned.gguf'}: ") and "no other byte of a weight" in said
     before, after, adapter = weights(base), weights(tmp_path / "tuned.gguf"), s2ft.read_adapter(folder)
-    kept = []
+    kept, squares = [], []
     for path, delta in adapter.deltas.items():
         old, new = before.pop(f"{path}.weight"), after.pop(f"{path}.weight")
         others = torch.ones(old.shape[delta.dim], dtype=torch.bool)
@@ -81,9 +82,25 @@ def test_only_the_units_of_the_adapter_change_and_they_come_nearer(kind, tmp_pat
         left = others.nonzero().squeeze(1)
         assert torch.equal(old.index_select(delta.dim, left), new.index_select(delta.dim, left))
         moved = (new - old).index_select(delta.dim, delta.index)
-        kept.append(float((moved * delta.values).sum() / delta.values.square().sum()))
+        squares.append(delta.values.square().sum())
+        kept.append(float((moved * delta.values).sum() / squares[-1]))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert min(kept) > (0.4 if "_k" in GgufFile(base).codec(path).name.lower() else 0.9), kept  # scales stay
+    share = sum(one * square for one, square in zip(kept, squares)) / sum(squares)
+    assert f"{share:.0%} of the update is in it" in said
+
+
+def test_an_update_that_a_file_cannot_hold_is_warned_of(tmp_path, caplog):
+    base = make_base(tmp_path, "q4_1", **KINDS["q4_1"])
+    model = load_model(str(base), "float32")[0]
+    save_random_adapter(tmp_path / "small", model, 1e-5, d_ratio=0.5)
+    assert re.search(
+        r"[0-3]% of the update is in it", export_packed(str(base), tmp_path / "small", tmp_path / "t.gguf")
+    )
+    assert "of the update, and may answer as the base" in caplog.text
+    caplog.clear()
+    patch(base, tmp_path / "small")
+    assert "of the update, and may answer as the base" in caplog.text
 
 
 @NEEDS_CONVERSIONS
