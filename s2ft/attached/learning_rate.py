@@ -26,6 +26,18 @@ batch, and how much forgetting is allowed: a higher rate learns more of the task
 
 What a weight moves grows with the number of updates too. A run of fewer than 32 gets the rate times 32 / updates, at
 most twice (`python -m bench.experiments updates`, `frontier`). More updates do not lower it: nothing was measured.
+
+A weight of a quantized file stays as it is unless its delta grows past half a step of the file. So with a codec the
+rate is at least the one with which the updates, whose rates fall to 0, could move a weight by MOVED half steps. Known
+points, all of SmolLM2-135M in Q4_1, whose half steps of `down` are 0.026 in the median:
+
+| share of d | updates | rate | half steps | the file | source |
+|--:|--:|--:|--:|---|---|
+| 0.25 | 30 | 6e-4 | 0.3 | answers as the base | twelve chats, by hand |
+| 0.25 | 30 | 2e-3 | 1.1 | has learned half | twelve chats, by hand |
+| 0.25 | 30 | 4e-3 | 2.3 | answers right | twelve chats, by hand, twice |
+| 0.06 | 30 | 4e-3 | 2.3 | answers right | twelve chats, by hand |
+| 0.05 | 64 | 2e-3 | 2.4 | as without rounding | `bench/quantized.py` |
 """
 
 import statistics
@@ -42,6 +54,7 @@ from s2ft.model.coupling import Projection
 from s2ft.model.weights import have_values, weight_at
 
 FACTOR = 0.0048  # rate × share × √width / size
+MOVED = 2.4  # half steps of a quantized file that the updates together can move a weight by
 HIGHEST = 1e-2  # nothing is known of higher rates
 FEWEST_UPDATES = 32  # that a run should make, and that get the rate of the rule; fewer get a higher rate
 USUAL_WIDTH = 576  # of SmolLM2-135M, for a model whose config names none
@@ -53,7 +66,8 @@ def suggested_rate(model: nn.Module, updates: int = FEWEST_UPDATES) -> float:
     """Return the learning rate with which `s2ft sft` would begin to train a model's adapter.
 
     It is for AdamW and for a loop or a trainer of your own, and follows from what is trained: the width of the model,
-    the share of the weights, and their size. The task is not known: search from half to four times this rate.
+    the share of the weights, their size, and with a codec the steps of the quantized file. The task is not known:
+    search from half to four times this rate.
 
     Args:
         model: Model with a trainable adapter. All ranks must call this.
@@ -79,7 +93,28 @@ def suggested_rate(model: nn.Module, updates: int = FEWEST_UPDATES) -> float:
     share = sum(full_shape(mount.layer.s2).numel() for mount in record.mounts.values()) / sum(every.values())
     can_read = have_values(model, record.couplings)
     size = decide("the size of the weights", can_read, lambda: weight_size(model, chosen)).value
-    return rate_by_rule(width_of(model), share, size, updates)
+    rate = rate_by_rule(width_of(model), share, size, updates)
+    roundings = [mount.layer.rounding for mount in record.mounts.values()]
+    halves = [one.half_step for one in roundings if one is not None]
+    return max(rate, rate_for_file(statistics.median(halves), updates)) if halves else rate
+
+
+def rate_for_file(half_step: float, updates: int) -> float:
+    """Return the least learning rate whose updates change the values that a quantized file holds.
+
+    Args:
+        half_step: Half the distance of two values of the file.
+        updates: Number of updates of the run, whose rates fall to 0.
+
+    Returns:
+        The rate with one significant digit.
+
+    Example:
+        >>> from s2ft.attached.learning_rate import rate_for_file
+        >>> rate_for_file(0.02, 36)
+        0.003
+    """
+    return float(f"{min(2 * MOVED * half_step / updates, HIGHEST):.0e}")
 
 
 def rate_by_rule(width: int, share: float, size: float, updates: int = FEWEST_UPDATES) -> float:

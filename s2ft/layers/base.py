@@ -833,6 +833,14 @@ class FileRounding:
         self.base = self._in_order(codec.values(blocks).float())
         self._last: Any = None, self.base, self.base  # of the last call: share and dtype, s2, the values
 
+    @property
+    def half_step(self) -> float:
+        """Half the usual distance of two values that the units can have: a smaller delta is rounded away."""
+        factor, _ = self.codec.scale_and_offset(self.blocks.scales)
+        levels = self.codec.levels
+        gaps = levels[levels.isfinite()].unique().diff()
+        return float(factor.abs().median() * gaps.float().median() / 2)
+
     def __call__(self, s2: Tensor) -> Tensor:
         """The values of the units, in the order of s2, float32. Gradients flow to s2 unchanged."""
         if self.base.device != s2.device:

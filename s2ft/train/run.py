@@ -167,9 +167,11 @@ class Run:
             return self
         updates = updates_of(self.arguments, rows)
         rate = self.arguments.learning_rate = s2ft.suggested_rate(model, updates)
+        is_coded = any(mount.layer.rounding is not None for mount in record_of(model).mounts.values())
+        steps = ", the steps of the file" if is_coded else ""
         self.say(
-            f"learning rate {rate:g}, by the width, the share that is trained, the size of the weights and {updates:,} "
-            "updates; --learning-rate sets another"
+            f"learning rate {rate:g}, by the width, the share that is trained, the size of the weights{steps} and "
+            f"{updates:,} updates; --learning-rate sets another"
         )
         return replace(self, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 from functools import partial
 from unittest import mock
 
@@ -18,6 +19,8 @@ from support.inside import (
     load_below,
     load_model,
     loss_in_chunks,
+    rates,
+    record_of,
 )
 from support.states import merged_state as plain, same, with_adapter, with_loaded
 from support.tolerances import GEMM
@@ -41,6 +44,11 @@ def attached(file, dtype="bfloat16", **changes):
     return with_adapter(model, config_of(model, **changes))
 
 
+def load_plain(file):
+    """The same model with the same units, trained without the codec."""
+    return attached(file, "float32", layout="indexed", group=None, codec="none")
+
+
 def exported(model, base, folder, dtype):
     """The model of the file that an export of the adapter writes."""
     s2ft.save_adapter(model, folder / "adapter")
@@ -62,6 +70,21 @@ def base(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("small"), "q4_1")
+
+
+def test_a_delta_below_half_a_step_gets_lost_and_the_rate_knows_it(base):
+    model = attached(base, "float32", layout="indexed", group=None)
+    roundings = [mounted.layer.rounding for mounted in record_of(model).mounts.values()]
+    for rounding in roundings:
+        signs = torch.randn(rounding.base.shape).sign() * rounding.half_step
+        little, much = (
+            float(((rounding(by * signs) - rounding.base) * signs / signs.square()).mean() / by) for by in (0.1, 6)
+        )
+        assert abs(little) < 0.4 and 0.5 < much < 1.2, (rounding.codec.name, little, much)
+    half = statistics.median(rounding.half_step for rounding in roundings)
+    by_rule, least = s2ft.suggested_rate(load_plain(base), 30), rates.rate_for_file(half, 30)
+    assert s2ft.suggested_rate(model, 30) == max(by_rule, least)
+    assert rates.rate_for_file(half, 300) < least
 
 
 @pytest.mark.parametrize(("layout", "ratios"), [("permuted", {}), ("indexed", {}), ("indexed", INPUTS)])
