@@ -9,11 +9,13 @@ from torch import nn
 
 import s2ft
 
-TABLES = (line.split("|") for line in rates.__doc__.splitlines() if line.startswith("| "))
-ROWS = [cells[2:8] for cells in TABLES if len(cells) == 9][1:]
+TABLES = [line.split("|")[1:-1] for line in rates.__doc__.splitlines() if line.startswith("| ")]
+ROWS, OF_FILES = ([cells for cells in TABLES if len(cells) == columns][1:] for columns in (8, 6))
 
 
-@pytest.mark.parametrize("width, share, size, task, good, rule", ([cell.strip(" ?") for cell in row] for row in ROWS))
+@pytest.mark.parametrize(
+    "width, share, size, task, good, rule", ([cell.strip(" ?") for cell in row[1:7]] for row in ROWS)
+)
 def test_each_known_rate_is_near_the_rule(width, share, size, task, good, rule):
     found = rates.rate_by_rule(int(width), float(share), float(size), 16 if "16 updates" in task else 32)
     assert found == float(rule) and all(0.1 <= found / float(one) <= 10 for one in good.split(" to "))
@@ -68,3 +70,10 @@ def test_a_model_whose_config_names_no_width_gets_a_rate():
     model = with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.5))
     del model.config.hidden_size
     assert s2ft.suggested_rate(model, 32) > 0
+
+
+@pytest.mark.parametrize("share, updates, rate, halves, found, source", OF_FILES)
+def test_a_file_learns_with_the_rate_of_the_rule_or_a_higher_one(share, updates, rate, halves, found, source):
+    half_step, has_learned = 0.026, "right" in found or "without rounding" in found
+    assert float(rate) * int(updates) / 2 / half_step == pytest.approx(float(halves), abs=0.1)
+    assert (float(rate) >= rates.rate_for_file(half_step, int(updates))) == has_learned
