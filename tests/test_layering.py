@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import re
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "s2ft"
@@ -113,3 +114,10 @@ RECORD_FILE = ROOT / "attached" / "record.py"
 def test_only_the_record_knows_the_name_of_its_attribute():
     name = re.search(r'^_ATTRIBUTE = "(\w+)"', RECORD_FILE.read_text(), re.MULTILINE)[1]
     assert [path for path in ROOT.rglob("*.py") if re.search(rf"\b{name}\b", path.read_text())] == [RECORD_FILE]
+
+
+def test_no_script_has_the_name_of_an_installed_package():
+    """Python puts the folder of a script first: bench/gpu/kernels.py once took the place of a package."""
+    folders = (ROOT.parent / name for name in ("bench", "examples", "release"))
+    scripts = {path.stem: path for folder in folders for path in folder.rglob("*.py") if path.stem != "__init__"}
+    assert len(scripts) > 30 and not [path for name, path in scripts.items() if name in packages_distributions()]

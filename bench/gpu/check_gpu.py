@@ -282,7 +282,7 @@ def with_results(name: str, work: Work, command: list[str], most: float, output:
 
 def kernels(work: Work) -> GpuStage:
     output = work.folder / "kernels.json"
-    command = script("gpu/kernels.py", "--device", work.device, "--output", str(output))
+    command = script("gpu/op_times.py", "--device", work.device, "--output", str(output))
     return with_results("kernels", work, command, 120, output)
 
 

@@ -1,6 +1,6 @@
 """Time of every op on the device at LLaMA-3-8B's sizes, against its floor and against other ways.
 
-    python bench/gpu/kernels.py [--only sliced_linear act_mul ...] [--device cpu] [--output FILE]
+    python bench/gpu/op_times.py [--only sliced_linear act_mul ...] [--device cpu] [--output FILE]
 
 On a GPU the time is that of a CUDA graph of about 20 calls, divided by their number. The calls take different buffers
 in turn, which together are larger than the second-level cache. The host's launches and the cache therefore count for
