@@ -210,7 +210,7 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 def run(base: nn.Module, tokenizer, tokens: int, rounds: int) -> dict[str, Any]:
     results = {"load before": os.getloadavg()[0]}
-    with tempfile.TemporaryDirectory() as root, torch.no_grad():
+    with tempfile.TemporaryDirectory() as root, torch.no_grad():  # s2ft refuses to attach in inference mode
         names = write_adapters(base, 64, root)
         bank = AdapterBank(base, root)
         results["milliseconds to enter"] = entering(bank, names)

@@ -378,6 +378,14 @@ def test_what_the_example_does_not_reach_is_named():
     assert s2ft.list_adapters(net) == []
 
 
+def test_an_expert_that_gets_no_token_is_named():
+    net = Stack(RIGHT["polynomial"])
+    net.experts = nn.ModuleList([Block(RIGHT["polynomial"], 2)])  # to which no token is sent
+    third = Coupling.ffn(2, up="experts.0.up", down="experts.0.down", channels=CHANNELS)
+    notes = attach(net, couplings=[*couplings(), third]).unproved
+    assert "the example gives them no token: experts.0.up and 1 more" in notes
+
+
 @pytest.mark.parametrize("kind,option", (("bart", "decoder_layerdrop"), ("hubert", "layerdrop")))
 def test_blocks_that_training_drops_by_chance_are_proved_too(kind, option):
     model = model_with(CONFIG_MAPPING[kind](**{**ROWS[kind], option: 1.0}))

@@ -8,7 +8,6 @@ through each coupling, in the plain model and in the attached one, and compares 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -92,32 +91,36 @@ def first_difference(model: nn.Module, record: Record, plain: LocalGradients, at
         The path of the producer and its coupling in words, or "".
     """
     for move in record.moves:
-        calls = zip(plain.found.get(move.coupling.place, ()), attached.found.get(move.coupling.place, ()))
-        for (then, now), projection in product(calls, move.coupling.producers):
-            path = projection.path
-            if path not in then or path not in now:
-                continue
-            module = model.get_submodule(path)
-            kind = record.mounts[path].layer.kind if path in record.mounts else kind_of(module)
-            by_element = [kind.features_last(module, one).flatten(0, -2) for one in (then[path], now[path])]
-            elements = projection.elements(torch.arange(projection.count, device="cpu"))
-            places = move.places(projection)[elements]
-            expected, found = (
-                one.index_select(1, index.to(one.device)) for one, index in zip(by_element, (elements, places))
-            )
-            if _differs_in_a_unit(found, expected):
-                return f"{path}, in {move.coupling}"
+        place = move.coupling.place
+        for then, now in zip(plain.found.get(place, ()), attached.found.get(place, ())):
+            for projection in move.coupling.producers:
+                path = projection.path
+                if path not in then or path not in now:
+                    continue
+                elements = projection.elements(torch.arange(projection.count, device="cpu"))
+                expected = _by_element(model, record, path, then[path], elements)
+                found = _by_element(model, record, path, now[path], move.places(projection)[elements])
+                if _differs_in_a_unit(found, expected):
+                    return f"{path}, in {move.coupling}"
     return ""
 
 
+def _by_element(model: nn.Module, record: Record, path: str, gradient: Tensor, elements: Tensor) -> Tensor:
+    """Some elements [n] of a gradient at a layer's output, as [tokens, n]."""
+    layer = model.get_submodule(path)
+    kind = record.mounts[path].layer.kind if path in record.mounts else kind_of(layer)
+    return kind.features_last(layer, gradient).flatten(0, -2).index_select(1, elements.to(gradient.device))
+
+
 def _differs_in_a_unit(found: Tensor, expected: Tensor) -> bool:
-    """Whether gradients [tokens, elements] of one element differ by more than rounding."""
+    """Whether two gradients [tokens, elements] differ in some element by more than rounding."""
     found, expected = found.float(), expected.float()
     usual = expected.square().mean().sqrt()
-    wrong = ~((found - expected).abs() <= ROUNDING * (expected.abs() + usual)) & ~(found.isnan() & expected.isnan())
-    reached = (found != 0) | (expected != 0)
-    counts = wrong.sum(0)
-    return bool(((counts >= 2) & (2 * counts > reached.sum(0))).any())
+    is_near = (found - expected).abs() <= ROUNDING * (expected.abs() + usual)
+    both_nan = found.isnan() & expected.isnan()
+    wrong_tokens = (~is_near & ~both_nan).sum(0)
+    reached_tokens = ((found != 0) | (expected != 0)).sum(0)
+    return bool(((wrong_tokens >= 2) & (2 * wrong_tokens > reached_tokens)).any())
 
 
 def _producers(coupling: Coupling) -> list[str]:

@@ -16,12 +16,19 @@ from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, chec
 
 SHARED = {"group": "model and data"}
 SEVERAL = {"group": "several devices"}
+MODEL_OR_CONFIG = f"{MODEL}, or the path of a config.json"
 RANK = "LoRA rank: of a LoRA on the same weights with as many parameters"
+
+
+def folder_of_config(model: str) -> str:
+    """The folder of a config.json, which is all that these commands read of a model; any other name as it is."""
+    path = Path(model).expanduser()
+    return str(path.parent) if path.name == "config.json" and path.is_file() else model
 
 
 @dataclass
 class PlanArguments:
-    model: str = option(text=MODEL, positional=True, metavar="MODEL")
+    model: str = option(text=MODEL_OR_CONFIG, positional=True, metavar="MODEL")
     ratios: list[float] | None = option(
         None, "ratios of the table, for every projection that is trained", shown="0.01 0.03 0.05 0.1 0.2", **SHARED
     )
@@ -30,6 +37,7 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self.model = folder_of_config(self.model)
         refuse(
             *(
                 (not 0 < ratio <= 1, f"ratios must be above 0 and at most 1, got {ratio:g}")
@@ -182,13 +190,12 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> Non
     if found.strategy is not None:
         host = "" if not found.host else f" and at least {size(found.host)} of the host's memory each"
         place = f"each of {found.devices} {place} device{'s' * (found.devices > 1)} with {found.strategy}{host}"
-    lora = "\nLoRA's peak: with matrices in the dtype of the weights; float32 ones, as PEFT makes them, take more"
     print(
         f"{size(found.parameters + found.buffers)} of weights{bits}; a step of {job.batch_size} × "
         f"{job.max_length:,} tokens on {place}, {job.optimizer}\n{table(rows, room)}\n{RANK}"
-        + lora
-        * any(row.lora_peak is not None for row in rows)
     )
+    if any(row.lora_peak is not None for row in rows):
+        print("LoRA's peak: with matrices in the dtype of the weights; float32 ones, as PEFT makes them, take more")
     if any(not row.counted and not row.refused for row in rows):
         print("≤: on the line between the smallest and the largest row, which were counted")
     for note in found.notes:
@@ -200,7 +207,7 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> Non
 
 @dataclass
 class CouplingsArguments:
-    model: str = option(text=MODEL, positional=True, metavar="MODEL")
+    model: str = option(text=MODEL_OR_CONFIG, positional=True, metavar="MODEL")
     example: str | None = option(
         None,
         "safetensors file with an input of the model, its tensors by name; default: inputs made from the config",
@@ -225,7 +232,7 @@ def run_couplings(job: CouplingsArguments) -> None:
         example = None if job.example is None else load_file(job.example)
     except SafetensorError as error:
         raise ValueError(f"example {job.example} is no safetensors file: {error}") from error
-    found = explain(hollow_model(job.model), example)
+    found = explain(hollow_model(folder_of_config(job.model)), example)
     print(json.dumps(found.to_dict(), indent=2) if job.json else found)
 
 

@@ -369,8 +369,6 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     from s2ft.files.reading import gguf_files, has_adapter, own_folder
 
     path = Path(name).expanduser()
-    if path.is_file() and path.name == "config.json":
-        path = path.parent
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"model {name} is a file but not a .gguf; give the checkpoint's folder")

@@ -82,14 +82,9 @@ class Method(ABC):
         """Return the format of the prompts of rows, and set its template in the tokenizer."""
         check_dtype(model, run.arguments)
         prompt = prompt_for_rows(tokenizer, rows, run.data)
-        if (
-            prompt.form == "text"
-            and run.data.form == "auto"
-            and tokenizer.chat_template
-            and "prompt" in rows.column_names
-        ):
-            if any(found is not None for found in rows.select_columns("prompt")["prompt"]):
-                run.say("the prompts are plain text, so the model's chat template is not used: --form chat uses it")
+        has_prompts = "prompt" in rows.column_names and any(found is not None for found in rows["prompt"])
+        if prompt.form == "text" and run.data.form == "auto" and tokenizer.chat_template and has_prompts:
+            run.say("the prompts are plain text, so the model's chat template is not used: --form chat uses it")
         prompt.apply_to(tokenizer)
         return prompt
 

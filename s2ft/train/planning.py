@@ -15,12 +15,12 @@ from s2ft.estimation.devices import Estimate, size
 from s2ft.estimation.shadow import as_random
 from s2ft.files import plain_text as tables
 from s2ft.files.plain_text import first_line
-from s2ft.model.coupling import by_key, projections_of
+from s2ft.model.coupling import Projection, by_key, projections_of
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.model.weights import count_parameters, find, weight_at
 from s2ft.packages import is_installed
-from s2ft.selection import with_units
+from s2ft.selection import Selection, with_units
 from s2ft.train.loss import has_standard_loss, loss_in_chunks
 
 RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
@@ -91,8 +91,7 @@ def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planne
     """Return the row of one configuration, without its memory."""
     config = with_units(config)
     report, selection = s2ft.plan(model, config), s2ft.select(model, config)
-    couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
-    trained = [projection for projection in projections_of(couplings) if projection.name in selection]
+    trained = trained_projections(model, config, selection)
     shapes = {projection.weight_key: weight_at(model, projection).shape for projection in trained}
     each_rank = sum(shape[0] + shape[1:].numel() for shape in shapes.values())
     in_full = sum(report.extra_weights.values())
@@ -107,6 +106,18 @@ def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planne
     )
 
 
+def trained_projections(model: nn.Module, config: S2FTConfig, selection: Selection) -> list[Projection]:
+    """Return the projections of a model of which a selection has units.
+
+    Args:
+        model: The model.
+        config: What is trained.
+        selection: The units.
+    """
+    couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
+    return [projection for projection in projections_of(couplings) if projection.name in selection]
+
+
 def scales_of(base: GgufFile | PackedFolder, model: nn.Module, config: S2FTConfig) -> str:
     """Return lines that say which scales of the packed weights change, each with its end.
 
@@ -119,8 +130,7 @@ def scales_of(base: GgufFile | PackedFolder, model: nn.Module, config: S2FTConfi
         ValueError: The type of a weight has no codec.
     """
     selection, found = s2ft.select(model, config), []
-    couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
-    for one in (one for one in projections_of(couplings) if one.name in selection):
+    for one in trained_projections(model, config, selection):
         codec = base.codec(one.path)
         whole = one.dim == 0 or is_whole(one.elements(selection[one.name]), codec.block)
         found.append(((codec.name, codec.block, whole), one.path))
@@ -181,10 +191,10 @@ def with_memory(
 
     def on_line(row: Planned) -> Planned:
         part = (row.trained - low) / (high - low) if high > low else 0.0
-        kept, peak, *lora = (round(start + part * (end - start)) for start, end in zip(below, above))
+        kept, peak, *of_lora = (round(start + part * (end - start)) for start, end in zip(below, above))
         fits = None if step["memory"] is None else peak <= step["memory"]
-        counted = row.trained in ends
-        return replace(row, kept=kept, peak=peak, counted=counted, fits=fits, lora_peak=next(iter(lora), None))
+        lora_peak = of_lora[0] if of_lora else None
+        return replace(row, kept=kept, peak=peak, counted=row.trained in ends, fits=fits, lora_peak=lora_peak)
 
     return [row if row.refused else on_line(row) for row in rows], found
 
@@ -198,16 +208,14 @@ def lora_like(model: nn.Module, config: S2FTConfig, rank: float) -> Any:
         rank: The rank, which is rounded.
 
     Returns:
-        The LoraConfig. None if PEFT is not installed, or some of the weights are no linear layers.
+        The LoraConfig. None if PEFT is not installed, or some of the weights are not those of plain nn.Linear layers.
     """
     if not is_installed("peft"):
         return None
     from peft import LoraConfig
 
-    selection = s2ft.select(model, config)
-    couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
-    paths = {one.path for one in projections_of(couplings) if one.name in selection}
-    is_linear = all(isinstance(find(model, path), nn.Linear) for path in paths)
+    paths = {one.path for one in trained_projections(model, config, s2ft.select(model, config))}
+    is_linear = all(type(find(model, path)) is nn.Linear for path in paths)
     return LoraConfig(r=max(1, round(rank)), target_modules=sorted(paths)) if is_linear else None
 
 

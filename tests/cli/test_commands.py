@@ -49,12 +49,14 @@ def test_a_run_writes_every_promised_file_and_info_describes_it(work, capsys):
     assert all(words in printed for words in ("o_ratio 0.25, d_ratio 0.1", "model.layers.1.mlp.down_proj", "6 columns"))
 
 
-def test_a_second_run_needs_overwrite_or_resume(work, tmp_path, monkeypatch):
+def test_a_second_run_needs_overwrite_or_resume(work, tmp_path, monkeypatch, capsys):
     paths, kept = {"work": work, "out": tmp_path / "out"}, []
     monkeypatch.setattr("s2ft.train.device.keep_freed_memory", lambda: kept.append(True))
     command(SFT, **paths)
     first = (tmp_path / "out/log.jsonl").read_text()
+    capsys.readouterr()
     command(SFT, 2, **paths)
+    assert "--resume goes on with it, --overwrite replaces it" in capsys.readouterr().err
     command(SFT + " --resume", **paths)
     assert (tmp_path / "out/log.jsonl").read_text() == first
     command(SFT + " --overwrite --no-keep-memory", **paths)

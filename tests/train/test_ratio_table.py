@@ -69,6 +69,28 @@ def test_estimate_counts_the_ends_and_draws_a_line_that_is_never_below(folder, c
     assert [row["fits"] for row in rows] == [row["peak"] <= 300 * 1024 for row in rows]
 
 
+def test_a_config_alone_is_enough_and_a_lora_stands_beside(folder, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_bytes((folder / "config.json").read_bytes())
+    sizes = ["--d-ratio", 0.25, "--batch-size", 2, "--max-length", 32, "--device-memory", "1GB"]
+    text = printed(capsys, "estimate", config, *sizes)
+    assert text == printed(capsys, "estimate", folder, *sizes) and "LoRA's peak" in text
+    assert ("(--device cuda counts a GPU's kernels)" in text) != torch.cuda.is_available()
+    command = ["estimate", config, *sizes, "--ratios", 0.25, "--device", "cpu", "--json"]
+    row = json.loads(printed(capsys, *command))["rows"][0]
+    lora = peft.LoraConfig(r=round(row["lora_rank"]), target_modules=["down_proj"])
+    alone = s2ft.estimate(tiny_model(), lora, 2, 32, device="cpu", loss=loss_in_chunks, use_cache=False)
+    assert row["lora_peak"] == alone.peak
+    assert printed(capsys, "plan", config) == printed(capsys, "plan", folder)
+    assert printed(capsys, "couplings", config) == printed(capsys, "couplings", folder)
+
+
+def test_a_model_that_the_hub_does_not_give_names_the_config_as_a_way_out(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert s2ft_command("estimate", "nobody/has-this") != 0
+    assert "A config.json of the model is enough here: give its path" in capsys.readouterr().err
+
+
 def test_the_logits_of_a_capped_head_are_counted():
     model, step = model_of("gemma2"), dict(batch=2, length=32, strategy=None, memory=None, device="cpu")
     rows = rows_of(model, CONFIG, ())
