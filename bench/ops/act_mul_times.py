@@ -1,4 +1,7 @@
-"""act_mul, forward and backward, against PyTorch's two operators. Floor: a copy that moves as many bytes."""
+"""act_mul, forward and backward, against PyTorch's two operators. Floor: a copy that moves as many bytes.
+
+Gate and up may be the halves of one product, as in a mixture of experts. This is timed against copies of them too.
+"""
 
 import torch
 from case import Case
@@ -28,3 +31,18 @@ def cases(device: str):
             name = f"{str(dtype)[6:]} 512 × 8192, {activation}"
             yield Case("act_mul", name, forward, {"torch": forward_torch}, moved=3 * size)
             yield Case("act_mul", name + ", backward", both, {"torch": both_torch}, moved=5 * size)
+
+        halves = torch.randn(512, 2 * 1408, device=device).to(dtype).chunk(2, -1)
+
+        def in_place(halves=halves):
+            return op(*halves, "silu")
+
+        def copied(halves=halves):
+            return op(*(half.contiguous() for half in halves), "silu")
+
+        def halves_torch(halves=halves):
+            return reference(*halves, "silu")
+
+        others = {"copies": copied, "torch": halves_torch}
+        size = halves[0].numel() * halves[0].element_size()
+        yield Case("act_mul", f"{str(dtype)[6:]} 512 × 1408, silu, halves", in_place, others, moved=3 * size)
